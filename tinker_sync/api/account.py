@@ -1,0 +1,124 @@
+"""The account as flow sees it: `ports.Account` and `ports.Signer` over one `RestClient`."""
+
+from __future__ import annotations
+
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from tinker_sync.api.listing import from_wire
+from tinker_sync.errors import NotFound, NotServed, RequestRefused, ServiceTrouble
+from tinker_sync.model.checkpoint import RunFacts
+from tinker_sync.model.paths import PathInvalid, SignedUrl
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Mapping
+    from datetime import datetime
+
+    from tinker_sync.api.client import RestClient
+    from tinker_sync.api.listing import AccountLister
+    from tinker_sync.model.checkpoint import Checkpoint, Listing, Sighting
+    from tinker_sync.model.paths import TinkerPath
+    from tinker_sync.transport import StreamedBody
+
+_FACTS_LIVE: Final = 300.0
+_MOST_RUNS_REMEMBERED: Final = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class SignedArchive:
+    """A `ports.Signed`."""
+
+    url: SignedUrl | None
+    body: StreamedBody | None
+    by_bare_id: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SignedFiles:
+    """A `ports.FileUrls`."""
+
+    urls: Mapping[str, SignedUrl]
+    expires: datetime | None
+
+
+class TinkerAccount:
+    """`ports.Account`: listing, looks at single runs, and the facts that a restore needs."""
+
+    def __init__(self, client: RestClient, lister: AccountLister, monotonic: Callable[[], float]) -> None:
+        self._client = client
+        self._lister = lister
+        self._monotonic = monotonic
+        self._runs: dict[str, tuple[float, Mapping[str, object] | None]] = {}
+
+    async def list(self) -> Listing | Sighting:
+        """Everything that the account shows. Raises ServiceTrouble when not even the first page came."""
+        return await self._lister.list()
+
+    async def look(self, run_id: str) -> tuple[Checkpoint, ...]:
+        """What one run shows now. Raises ServiceTrouble, RequestRefused."""
+        rows: list[Checkpoint] = []
+        answer = await self._client.list_checkpoints(run_id)
+        for row in answer.checkpoints:
+            try:
+                rows.append(from_wire(row))
+            except PathInvalid:
+                continue
+        total = 0 if answer.cursor is None else answer.cursor.total_count
+        while answer.checkpoints and len(rows) < total:
+            answer = await self._client.list_checkpoints(run_id, 1000, len(rows))
+            rows += [from_wire(row) for row in answer.checkpoints]
+        return tuple(rows)
+
+    async def facts(self, path: TinkerPath) -> RunFacts:
+        """The TrainingRun and the weights' facts; None for what this server does not tell."""
+        return RunFacts(await self._run_facts(path.run_id), await self._weights_facts(path))
+
+    async def _run_facts(self, run_id: str) -> Mapping[str, object] | None:
+        remembered = self._runs.get(run_id)
+        if remembered is not None and self._monotonic() - remembered[0] < _FACTS_LIVE:
+            return remembered[1]
+        try:
+            run = (await self._client.get_training_run(run_id)).model_dump(mode="json")
+        except (RequestRefused, ServiceTrouble):
+            run = None
+        if len(self._runs) >= _MOST_RUNS_REMEMBERED:
+            self._runs.clear()
+        self._runs[run_id] = (self._monotonic(), run)
+        return run
+
+    async def _weights_facts(self, path: TinkerPath) -> Mapping[str, object] | None:
+        try:
+            return (await self._client.get_weights_info_by_tinker_path(str(path))).model_dump(mode="json")
+        except (RequestRefused, ServiceTrouble):
+            return None
+
+
+class TinkerSigner:
+    """`ports.Signer`."""
+
+    def __init__(self, client: RestClient) -> None:
+        self._client = client
+
+    @asynccontextmanager
+    async def archive(self, path: TinkerPath, listed_id: str) -> AsyncIterator[SignedArchive]:
+        """Sign the archive; where only the bare id is served, by that."""
+        bare = listed_id if listed_id and "/" not in listed_id else None
+        by_bare_id = False
+        opened = self._client.open_archive(path.run_id, path.checkpoint_id)
+        try:
+            answer = await opened.__aenter__()
+        except (NotFound, NotServed):
+            if bare is None:
+                raise
+            opened, by_bare_id = self._client.open_archive(path.run_id, bare), True
+            answer = await opened.__aenter__()
+        try:
+            yield SignedArchive(answer.url, answer.body, by_bare_id)
+        finally:
+            await opened.__aexit__(None, None, None)
+
+    async def files(self, path: TinkerPath) -> SignedFiles:
+        """Sign every file of an external checkpoint."""
+        answer = await self._client.get_external_weights_urls(str(path))
+        return SignedFiles({name: SignedUrl(url) for name, url in answer.urls.items()}, answer.expires)

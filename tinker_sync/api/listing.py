@@ -1,0 +1,347 @@
+"""From offset pages to a proof, or to the honest absence of one.
+
+Rows come newest first and shift while one reads: new checkpoints push rows down (seen twice), deletions and expiries
+pull them up (skipped). **Each page must contain a row of the page before it**: rows keep their order, so whatever was
+there throughout the walk was then seen. On top of that the number of distinct rows must be the server's
+`total_count`, with what is known to have expired on the way taken into account; else the walk is taken again, and
+after the third the answer is a sighting. A server without `total_count` must give the same rows twice.
+
+A failed page, an unreadable row, a walk that makes no progress: a sighting, never a listing, and never a reason to ask
+in another way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final, Generic, Literal, TypeVar
+
+from tinker_sync.errors import (
+    CredentialRefused,
+    NotAllowed,
+    NotFound,
+    NotServed,
+    RequestRefused,
+    ServiceTrouble,
+    TinkerSyncError,
+)
+from tinker_sync.model.checkpoint import Checkpoint, Listing, Sighting
+from tinker_sync.model.moments import UNKNOWN_TIME
+from tinker_sync.model.paths import PathInvalid, TinkerPath
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+    from tinker_sync.api import wire
+    from tinker_sync.api.client import RestClient
+
+Mode = Literal["auto", "user", "runs", "both"]
+WALKS: Final = 3
+OVERLAP: Final = 20
+"""Rows of the page before that are asked for again: more than ever share a time, fewer than cost."""
+MOST_PAGES: Final = 20_000
+_RUNS_AT_A_TIME: Final = 8
+_RUNS_PAGE: Final = 100
+
+Row = TypeVar("Row")
+
+
+@dataclass(frozen=True, slots=True)
+class Page(Generic[Row]):
+    """One answer: its rows, the total where the server says it, and how many rows could not be read."""
+
+    rows: Sequence[Row]
+    total: int | None
+    unreadable: int = 0
+
+    @property
+    def length(self) -> int:
+        """Rows that the server gave, readable or not."""
+        return len(self.rows) + self.unreadable
+
+
+@dataclass(slots=True)
+class Walk(Generic[Row]):
+    """All rows that were seen, newest sight of each, and every doubt about their completeness."""
+
+    rows: dict[Hashable, Row] = field(default_factory=dict)
+    doubts: list[str] = field(default_factory=list)
+    totals: list[int] = field(default_factory=list)
+    unreadable: int = 0
+    failure: TinkerSyncError | None = None
+    pages: int = 0
+
+
+Fetch = Callable[[int, int], Awaitable[Page[Row]]]
+Key = Callable[[Row], Hashable]
+
+
+async def walk_pages(fetch: Fetch[Row], key: Key[Row], page_size: int) -> Walk[Row]:
+    """Walk from the first row to the last, each page overlapping the one before.
+
+    A first page that fails raises what `fetch` raised; a later one ends the walk with its doubt.
+    """
+    walk: Walk[Row] = Walk()
+    page = await fetch(page_size, 0)
+    offset, tail = 0, _take(walk, page, key)
+    while page.length:
+        reached = offset + page.length
+        if page.total is not None and reached >= page.total:
+            return walk
+        if walk.pages >= MOST_PAGES:
+            walk.doubts.append(f"no end after {MOST_PAGES:,} pages")
+            return walk
+        found = await _next_page(fetch, key, walk, page_size, reached, tail)
+        if found is None:
+            return walk
+        page, offset = found
+        if offset + page.length <= reached and page.length:
+            # Only what was seen already: the end, unless the server says that there is more.
+            if page.total is None or offset + page.length >= page.total:
+                return walk
+            walk.doubts.append(f"the server gives no rows beyond {reached:,}, and says there are {page.total:,}")
+            return walk
+        if page.length:
+            tail = _keys(page, key)
+    if walk.rows and page.total:
+        walk.doubts.append(f"an empty page at {offset:,}, and the server says there are {page.total:,}")
+    return walk
+
+
+async def _next_page(
+    fetch: Fetch[Row], key: Key[Row], walk: Walk[Row], page_size: int, reached: int, tail: frozenset[Hashable]
+) -> tuple[Page[Row], int] | None:
+    """The page behind `reached` that contains a row of the page before; None when the walk ends here."""
+    overlap = min(OVERLAP, len(tail) - 1)
+    while True:
+        offset = max(0, reached - overlap)
+        try:
+            page = await fetch(page_size, offset)
+        except TinkerSyncError as error:
+            walk.failure = error
+            walk.doubts.append(f"the page at {offset:,} failed: {error}")
+            return None
+        keys = _take(walk, page, key)
+        if not page.length or not overlap or keys & tail:
+            return page, offset
+        if offset == 0 or overlap >= max(page_size, 10_000):
+            walk.doubts.append(f"rows were skipped at {offset:,}: the pages do not meet")
+            return page, offset
+        overlap *= 4  # more was deleted above than the overlap covers: step further back
+
+
+def _take(walk: Walk[Row], page: Page[Row], key: Key[Row]) -> frozenset[Hashable]:
+    walk.pages += 1
+    walk.unreadable += page.unreadable
+    if page.total is not None and (page.total or page.length):
+        walk.totals.append(page.total)
+    keys = _keys(page, key)
+    for row in page.rows:
+        walk.rows[key(row)] = row
+    return keys
+
+
+def _keys(page: Page[Row], key: Key[Row]) -> frozenset[Hashable]:
+    return frozenset(key(row) for row in page.rows)
+
+
+async def prove(
+    fetch: Fetch[Row],
+    key: Key[Row],
+    page_size: int,
+    *,
+    expired: Callable[[Row], bool] = lambda _: False,
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+) -> Walk[Row]:
+    """Walk until the walk proves itself, three times at most; the last walk has its doubts.
+
+    Rows of earlier walks stay in the answer of an unproven one: a sighting is enough to transfer.
+    """
+    seen: dict[Hashable, Row] = {}
+    previous: frozenset[Hashable] | None = None
+    walk: Walk[Row] = Walk()
+    for attempt in range(WALKS):
+        if attempt:
+            await sleep(1.0)
+        try:
+            walk = await walk_pages(fetch, key, page_size)
+            await _look_again_at_the_top(fetch, key, page_size, walk)
+        except TinkerSyncError as error:
+            if not attempt:
+                raise
+            walk.doubts.append(str(error))
+            break
+        seen |= walk.rows
+        if walk.unreadable:
+            walk.doubts.append(f"{walk.unreadable} rows could not be read")
+            break
+        if not walk.doubts:
+            doubt = _count_doubt(walk, previous, expired)
+            if doubt is None:
+                return walk
+            walk.doubts.append(doubt)
+        previous = frozenset(walk.rows)
+        if walk.failure is not None:
+            break
+    walk.rows = seen
+    return walk
+
+
+async def _look_again_at_the_top(fetch: Fetch[Row], key: Key[Row], page_size: int, walk: Walk[Row]) -> None:
+    """Rows that came while one walked stand at the top: with them, the last total is the one that counts."""
+    if walk.doubts or len(set(walk.totals)) < 2:
+        return
+    known = frozenset(walk.rows)
+    walk.totals.clear()
+    if not _take(walk, await fetch(page_size, 0), key) & known:
+        walk.doubts.append("more came on the way than one page holds")
+
+
+def _count_doubt(walk: Walk[Row], previous: frozenset[Hashable] | None, expired: Callable[[Row], bool]) -> str | None:
+    if not walk.totals:
+        if not walk.rows or previous == frozenset(walk.rows):
+            return None
+        return "the server gives no total_count, and two walks did not agree"
+    total, distinct = walk.totals[-1], len(walk.rows)
+    gone = sum(1 for row in walk.rows.values() if expired(row))
+    if distinct - gone <= total <= distinct:
+        return None
+    return f"{distinct:,} distinct rows were seen, total_count is {total:,}"
+
+
+class AccountLister:
+    """Lists the whole account in the configured way."""
+
+    def __init__(
+        self,
+        client: RestClient,
+        *,
+        mode: Mode,
+        page_size: int,
+        now: Callable[[], datetime],
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self._client = client
+        self._mode: Mode = mode
+        self._page_size = page_size
+        self._now = now
+        self._sleep = sleep
+
+    async def list(self) -> Listing | Sighting:
+        """Everything that the account shows. Raises ServiceTrouble when not even the first page came."""
+        seen_at = self._now()
+        try:
+            walk = await self._walk()
+        except NotAllowed as error:
+            message = f"the credential may not list checkpoints ({error}): is it a key of this account?"
+            raise CredentialRefused(message) from error
+        except RequestRefused as error:
+            message = f"the account cannot be listed: {error}"
+            raise ServiceTrouble(message) from error
+        rows = _newest_of_each_path(walk.rows.values())
+        if walk.doubts:
+            return Sighting(rows, seen_at, tuple(walk.doubts))
+        return Listing(rows, seen_at)
+
+    async def _walk(self) -> Walk[Checkpoint]:
+        if self._mode == "runs":
+            return await self._by_runs()
+        if self._mode == "user":
+            return await self._by_user()
+        if self._mode == "both":
+            mine, theirs = await self._by_user(), await self._by_runs()
+            mine.rows |= theirs.rows
+            mine.doubts += theirs.doubts
+            return mine
+        try:
+            return await self._by_user()
+        except (NotFound, NotServed):
+            return await self._by_runs()
+
+    async def _by_user(self) -> Walk[Checkpoint]:
+        async def fetch(limit: int, offset: int) -> Page[Checkpoint]:
+            return _as_page(await self._client.list_user_checkpoints(limit, offset))
+
+        return await self._prove(fetch, self._page_size)
+
+    async def _prove(self, fetch: Fetch[Checkpoint], page_size: int) -> Walk[Checkpoint]:
+        return await prove(fetch, _key, page_size, expired=self._expired, sleep=self._sleep)
+
+    def _expired(self, checkpoint: Checkpoint) -> bool:
+        return checkpoint.expires_at is not None and checkpoint.expires_at <= self._now()
+
+    async def _by_runs(self) -> Walk[Checkpoint]:
+        async def fetch(limit: int, offset: int) -> Page[str]:
+            answer = await self._client.list_training_runs(limit, offset)
+            runs = [run.training_run_id for run in answer.training_runs]
+            return Page(runs, None if answer.cursor is None else answer.cursor.total_count)
+
+        runs = await prove(fetch, lambda run: run, _RUNS_PAGE, sleep=self._sleep)
+        merged: Walk[Checkpoint] = Walk(doubts=[f"training runs: {doubt}" for doubt in runs.doubts])
+        turn = asyncio.Semaphore(_RUNS_AT_A_TIME)
+
+        async def one(run: str) -> None:
+            async with turn:
+                walk = await self._of_run(run)
+            merged.rows.update(walk.rows)
+            merged.doubts += [f"run {run}: {doubt}" for doubt in walk.doubts]
+
+        async with asyncio.TaskGroup() as group:
+            for run in runs.rows.values():
+                group.create_task(one(run))
+        return merged
+
+    async def _of_run(self, run: str) -> Walk[Checkpoint]:
+        async def fetch(limit: int, offset: int) -> Page[Checkpoint]:
+            del limit  # documented as unpaginated: the first request is the documented one
+            if offset:
+                return _as_page(await self._client.list_checkpoints(run, self._page_size, offset))
+            return _as_page(await self._client.list_checkpoints(run))
+
+        try:
+            first = await fetch(self._page_size, 0)
+            if first.total is None and not first.unreadable:
+                return Walk(rows={_key(row): row for row in first.rows})
+            if first.total is not None and first.total == len(first.rows):
+                return Walk(rows={_key(row): row for row in first.rows}, totals=[first.total])
+            return await self._prove(fetch, self._page_size)
+        except TinkerSyncError as error:
+            return Walk(doubts=[str(error)], failure=error)
+
+
+def _as_page(answer: wire.CheckpointsListResponse) -> Page[Checkpoint]:
+    rows: list[Checkpoint] = []
+    unreadable = len(answer.unreadable)
+    for row in answer.checkpoints:
+        try:
+            rows.append(from_wire(row))
+        except PathInvalid:
+            unreadable += 1
+    return Page(rows, None if answer.cursor is None else answer.cursor.total_count, unreadable)
+
+
+def from_wire(row: wire.Checkpoint) -> Checkpoint:
+    """A listed row as a value; run, type and name from its tinker path. Raises PathInvalid."""
+    return Checkpoint(
+        path=TinkerPath.parse(row.tinker_path),
+        time=row.time or UNKNOWN_TIME,
+        size_bytes=row.size_bytes,
+        public=row.public,
+        user_metadata=row.user_metadata,
+        expires_at=row.expires_at,
+        listed_id=row.checkpoint_id,
+    )
+
+
+def _key(checkpoint: Checkpoint) -> Hashable:
+    return checkpoint.path, checkpoint.time, checkpoint.size_bytes
+
+
+def _newest_of_each_path(rows: Iterable[Checkpoint]) -> tuple[Checkpoint, ...]:
+    """A path that was overwritten during the walk was seen twice: the newer object is the one that is there."""
+    chosen: dict[TinkerPath, Checkpoint] = {}
+    for row in rows:
+        if row.path not in chosen or chosen[row.path].time <= row.time:
+            chosen[row.path] = row
+    return tuple(chosen.values())

@@ -1,0 +1,214 @@
+"""Answers of the API. Unknown fields and enum values pass, naive times are UTC, one bad row spoils no page."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from tinker_sync.model.moments import parse_time
+
+
+def _lenient_time(value: object) -> object:
+    """A time as aware UTC; what cannot be read is absent, which is no reason to lose the row."""
+    if isinstance(value, str):
+        try:
+            return parse_time(value)
+        except ValueError:
+            return None
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        try:
+            return datetime.fromtimestamp(value, UTC)
+        except (OverflowError, ValueError, OSError):
+            return None
+    return value if isinstance(value, datetime) else None
+
+
+def _lenient_metadata(value: object) -> object:
+    if not isinstance(value, dict):
+        return None
+    return {str(key): item if isinstance(item, str) else str(item) for key, item in value.items()}
+
+
+def _lenient_size(value: object) -> object:
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63 else None
+
+
+Moment = Annotated[datetime | None, BeforeValidator(_lenient_time)]
+Metadata = Annotated[dict[str, str] | None, BeforeValidator(_lenient_metadata)]
+Size = Annotated[int | None, BeforeValidator(_lenient_size)]
+
+
+class Wire(BaseModel):
+    """Every answer: unknown fields are kept, nothing is coerced silently but what is said."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+
+class Checkpoint(Wire):
+    """A listed checkpoint. It has no `training_run_id`: run, type and name come from `tinker_path`."""
+
+    tinker_path: str
+    checkpoint_id: str = ""
+    checkpoint_type: str = ""
+    time: Moment = None
+    size_bytes: Size = None
+    public: bool = False
+    user_metadata: Metadata = None
+    expires_at: Moment = None
+
+
+class Cursor(Wire):
+    """Where a page stands."""
+
+    offset: int = 0
+    limit: int = 0
+    total_count: int
+
+
+class CheckpointsListResponse(Wire):
+    """A page of checkpoints; rows that are no checkpoint are counted in `unreadable`."""
+
+    checkpoints: list[Checkpoint]
+    cursor: Cursor | None = None
+    unreadable: list[str] = Field(default_factory=list)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _row_by_row(cls, document: Any) -> Any:
+        rows = document.get("checkpoints") if isinstance(document, dict) else None
+        if not isinstance(rows, list):
+            return document
+        good: list[Checkpoint] = []
+        bad: list[str] = []
+        for row in rows:
+            try:
+                good.append(Checkpoint.model_validate(row))
+            except ValidationError as error:
+                bad.append(str(error.errors(include_url=False, include_input=False)[0]["msg"]))
+        return {**document, "checkpoints": good, "unreadable": bad}
+
+
+class TrainingRun(Wire):
+    """A training run."""
+
+    training_run_id: str
+    base_model: str = ""
+    model_owner: str = ""
+    is_lora: bool = True
+    corrupted: bool = False
+    lora_rank: int | None = None
+    last_request_time: Moment = None
+    last_checkpoint: Checkpoint | None = None
+    last_sampler_checkpoint: Checkpoint | None = None
+    user_metadata: Metadata = None
+
+
+class TrainingRunsResponse(Wire):
+    """A page of training runs."""
+
+    training_runs: list[TrainingRun]
+    cursor: Cursor | None = None
+
+
+class WeightsInfoResponse(Wire):
+    """What a restore needs to know of weights."""
+
+    base_model: str
+    is_lora: bool = True
+    lora_rank: int | None = None
+    train_unembed: bool | None = None
+    train_mlp: bool | None = None
+    train_attn: bool | None = None
+
+
+class CheckpointArchiveUrlResponse(Wire):
+    """A signed archive URL and when it ends."""
+
+    url: str = Field(repr=False)
+    expires: Moment = None
+
+
+class ExternalWeightsUrlsResponse(Wire):
+    """One signed URL per file: relative path to URL."""
+
+    urls: dict[str, str] = Field(repr=False)
+    expires: Moment = None
+
+
+class ListSessionsResponse(Wire):
+    """A page of session ids."""
+
+    sessions: list[str]
+
+
+class GetSessionResponse(Wire):
+    """A session's runs and samplers."""
+
+    training_run_ids: list[str] = Field(default_factory=list)
+    sampler_ids: list[str] = Field(default_factory=list)
+    user_metadata: Metadata = None
+    display_name: str | None = None
+
+
+class GetSamplerResponse(Wire):
+    """A sampler's model."""
+
+    sampler_id: str
+    base_model: str = ""
+    model_path: str | None = None
+
+
+class SupportedModel(Wire):
+    """A model that can still be trained or sampled."""
+
+    model_name: str | None = None
+    max_context_length: int | None = None
+    trainable: bool | None = None
+    sampleable: bool | None = None
+
+
+class GetServerCapabilitiesResponse(Wire):
+    """What the server offers."""
+
+    supported_models: list[SupportedModel] = Field(default_factory=list)
+
+
+class CheckpointStorageUsage(Wire):
+    """Storage of one project and user."""
+
+    project_id: str | None = None
+    user_email: str | None = None
+    checkpoint_count: int = 0
+    size_bytes: int = 0
+    size_gigabytes: float = 0.0
+    estimated_monthly_cost_usd: float | None = None
+
+
+class StorageUsageResponse(Wire):
+    """Storage of the account, one to two hours old."""
+
+    effective_rate_usd_per_gigabyte_month: float | None = None
+    data: list[CheckpointStorageUsage] = Field(default_factory=list)
+
+
+class ClientFlags(Wire):
+    """What the server asks of clients."""
+
+    pjwt_auth_enabled: bool = False
+    credential_default_source: str | None = None
+
+
+class UploadStartResponse(Wire):
+    """Where to put an upload's files: relative path to URL."""
+
+    upload_id: str
+    urls: dict[str, str] = Field(repr=False)
+    expires: Moment = None
+
+
+class UploadFinishResponse(Wire):
+    """The new checkpoint."""
+
+    tinker_path: str

@@ -1,0 +1,429 @@
+"""Reads and writes the catalog. Blocking; the service calls it from one thread of its own.
+
+A commit here is never the proof of anything: what counts is in the tree. So the database may lose its last writes in
+a power cut (`synchronous=NORMAL`), and a broken file is answered by rebuilding it.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any, Self
+
+from sqlalchemy import create_engine, delete, event, func, insert, select, update
+from sqlalchemy.engine import URL
+from sqlalchemy.exc import DatabaseError, SQLAlchemyError
+from sqlalchemy.pool import StaticPool
+
+from tinker_sync.catalog import schema
+from tinker_sync.errors import TinkerSyncError
+from tinker_sync.model.checkpoint import Checkpoint
+from tinker_sync.model.moments import from_micros, parse_time, rfc3339, to_micros
+from tinker_sync.model.paths import TinkerPath
+from tinker_sync.model.work import Failure, Replica, Trouble
+from tinker_sync.planning import Known, ServedRecord
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+    from datetime import datetime
+    from pathlib import Path
+    from types import TracebackType
+
+    from sqlalchemy.engine import Connection, Engine, Row
+
+_AT_A_TIME = 10_000
+
+
+class CatalogUnusable(TinkerSyncError):
+    """The file is no catalog of this version; `reindex` rebuilds it."""
+
+
+class CatalogMissing(CatalogUnusable):
+    """There is no catalog yet."""
+
+
+class SqlCatalog:
+    """A `Catalog` over SQLAlchemy Core; context manager."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    @classmethod
+    def open(cls, path: Path, *, read_only: bool = False, network: bool = False) -> Self:
+        """Open the SQLite file; a writer makes it when it is missing.
+
+        `network` says that the filesystem cannot hold a WAL. Raises CatalogMissing, CatalogUnusable.
+        """
+        if read_only and not path.exists():
+            message = f"no catalog at {path}: nothing was mirrored here yet, or run `tinker-sync reindex`"
+            raise CatalogMissing(message)
+        engine = create_engine(
+            URL.create("sqlite", database=str(path)),
+            poolclass=StaticPool,
+            connect_args={"check_same_thread": False, "timeout": 10},
+        )
+
+        def set_up(connection: Any, _: object) -> None:
+            cursor = connection.cursor()
+            if read_only:
+                cursor.execute("PRAGMA query_only = ON")
+            else:
+                cursor.execute(f"PRAGMA journal_mode = {'TRUNCATE' if network else 'WAL'}")
+                cursor.execute("PRAGMA synchronous = NORMAL")
+            cursor.close()
+
+        event.listen(engine, "connect", set_up)
+        catalog = cls(engine)
+        try:
+            catalog._check(read_only=read_only)
+            if not read_only:
+                path.chmod(0o600)
+        except (SQLAlchemyError, OSError) as error:
+            engine.dispose()
+            raise _unusable(path, error) from error
+        except CatalogUnusable:
+            engine.dispose()
+            raise
+        return catalog
+
+    def _check(self, *, read_only: bool) -> None:
+        with self._engine.begin() as connection:
+            if not read_only:
+                schema.metadata.create_all(connection)
+            version = _fact(connection, "schema_version")
+            if version is None and not read_only:
+                _set_fact(connection, "schema_version", schema.SCHEMA_VERSION)
+            elif version != schema.SCHEMA_VERSION:
+                message = (
+                    f"the catalog has schema version {version}, this program uses {schema.SCHEMA_VERSION}: "
+                    "run `tinker-sync reindex` to rebuild it from the tree"
+                )
+                raise CatalogUnusable(message)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._engine.dispose()
+
+    def known(self) -> Known:
+        """All that planning needs, read once."""
+        with self._engine.begin() as connection:
+            present = connection.execute(select(schema.replicas).where(~schema.replicas.c.superseded))
+            replicas = {replica.path: replica for replica in map(_as_replica, present)}
+            failed = connection.execute(select(schema.failures))
+            failures = {failure.path: failure for failure in map(_as_failure, failed)}
+        return Known(replicas, failures, self.first_expiry())
+
+    def first_expiry(self) -> dict[TinkerPath, tuple[datetime, datetime | None]]:
+        """Of everything that is listed: its time, and the first `expires_at` that was seen for it."""
+        table = schema.upstream
+        with self._engine.begin() as connection:
+            rows = connection.execute(select(table.c.tinker_path, table.c.time, table.c.first_expires_at))
+            return {TinkerPath.parse(path): (from_micros(time), _moment(expires)) for path, time, expires in rows}
+
+    def replicas(self, prefix: str = "") -> list[Replica]:
+        """Every replica, superseded ones too, whose tinker path starts with `prefix`; by path, newest version first."""
+        table = schema.replicas
+        query = select(table).order_by(table.c.tinker_path, table.c.superseded, table.c.time.desc())
+        if prefix:
+            query = query.where(table.c.tinker_path.startswith(prefix, autoescape=True))
+        with self._engine.begin() as connection:
+            return [_as_replica(row) for row in connection.execute(query)]
+
+    def has_directory(self, directory: str) -> bool:
+        """Whether a replica is still known there."""
+        table = schema.replicas
+        with self._engine.begin() as connection:
+            query = select(func.count()).where(table.c.directory == directory)
+            return connection.execute(query).scalar_one() > 0
+
+    def counts(self) -> dict[str, int]:
+        """`replicas`, `bytes`, `damaged`, `upstream`: small numbers for `status`, without reading rows."""
+        table = schema.replicas
+        with self._engine.begin() as connection:
+            number, total = connection.execute(
+                select(func.count(), func.coalesce(func.sum(table.c.total_bytes), 0))
+            ).one()
+            damaged = connection.execute(select(func.count()).where(table.c.damaged != "[]")).scalar_one()
+            upstream = connection.execute(select(func.count()).select_from(schema.upstream)).scalar_one()
+        return {"replicas": number, "bytes": int(total), "damaged": damaged, "upstream": upstream}
+
+    def unmirrored(self) -> list[Checkpoint]:
+        """What the service showed last and no replica is a copy of."""
+        up, here = schema.upstream, schema.replicas
+        same = (
+            (here.c.tinker_path == up.c.tinker_path)
+            & ~here.c.superseded
+            & (here.c.time // 1_000_000 == up.c.time // 1_000_000)
+            & (here.c.size_bytes.is_(None) | up.c.size_bytes.is_(None) | (here.c.size_bytes == up.c.size_bytes))
+        )
+        missing = ~select(here.c.directory).where(same).exists()
+        with self._engine.begin() as connection:
+            return [_as_checkpoint(row) for row in connection.execute(select(up).where(missing))]
+
+    def failures(self) -> list[Failure]:
+        """Everything that failed and was not cured."""
+        with self._engine.begin() as connection:
+            return [_as_failure(row) for row in connection.execute(select(schema.failures))]
+
+    def listed(self) -> list[Checkpoint]:
+        """What the service showed last."""
+        with self._engine.begin() as connection:
+            return [_as_checkpoint(row) for row in connection.execute(select(schema.upstream))]
+
+    def observe(self, checkpoints: Sequence[Checkpoint], seen_at: datetime, *, complete: bool) -> None:
+        """Record what was shown; with `complete`, also what is gone. Writes only differences."""
+        table = schema.upstream
+        with self._engine.begin() as connection:
+            before = {row.tinker_path: row for row in connection.execute(select(table))}
+            shown: set[str] = set()
+            added: list[dict[str, Any]] = []
+            for checkpoint in checkpoints:
+                row = _upstream_row(checkpoint)
+                key = row["tinker_path"]
+                shown.add(key)
+                old = before.get(key)
+                if old is not None and all(getattr(old, name) == value for name, value in row.items()):
+                    continue
+                same_object = old is not None and old.time == row["time"]
+                row["first_expires_at"] = old.first_expires_at if old is not None and same_object else row["expires_at"]
+                row["first_seen_at"] = old.first_seen_at if old is not None and same_object else to_micros(seen_at)
+                if old is None:
+                    added.append(row)
+                else:
+                    connection.execute(update(table).where(table.c.tinker_path == key), row)
+            _insert(connection, table, added)
+            if complete:
+                gone = [path for path in before if path not in shown]
+                _delete(connection, table, gone)
+                _delete(connection, schema.failures, gone)
+
+    def add_replica(self, replica: Replica) -> None:
+        """A replica is there. What held its name is superseded or replaced; its failures are forgotten."""
+        table = schema.replicas
+        with self._engine.begin() as connection:
+            connection.execute(delete(table).where(table.c.directory == replica.directory))
+            connection.execute(insert(table), _replica_row(replica))
+            if not replica.superseded:
+                connection.execute(delete(schema.failures).where(schema.failures.c.tinker_path == str(replica.path)))
+
+    def replace_superseded(self, path: TinkerPath, replicas: Sequence[Replica]) -> None:
+        """The superseded versions of a path are exactly these."""
+        table = schema.replicas
+        with self._engine.begin() as connection:
+            connection.execute(delete(table).where((table.c.tinker_path == str(path)) & table.c.superseded))
+            for replica in replicas:
+                connection.execute(delete(table).where(table.c.directory == replica.directory))
+            _insert(connection, table, [_replica_row(replica) for replica in replicas])
+
+    def remove_replica(self, directory: str) -> None:
+        """A replica is no longer there."""
+        with self._engine.begin() as connection:
+            connection.execute(delete(schema.replicas).where(schema.replicas.c.directory == directory))
+
+    def mark_verified(self, directory: str, verified_at: datetime, damaged: Sequence[str]) -> None:
+        """The outcome of a look at the bytes."""
+        table = schema.replicas
+        values: dict[str, Any] = {"damaged": json.dumps(list(damaged))}
+        if not damaged:
+            values["verified_at"] = to_micros(verified_at)
+        with self._engine.begin() as connection:
+            connection.execute(update(table).where(table.c.directory == directory), values)
+
+    def add_failure(self, failure: Failure) -> None:
+        """A transfer failed."""
+        table = schema.failures
+        with self._engine.begin() as connection:
+            connection.execute(delete(table).where(table.c.tinker_path == str(failure.path)))
+            connection.execute(insert(table), _failure_row(failure))
+
+    def forget_failures(self, paths: Iterable[TinkerPath]) -> None:
+        """They are gone upstream, or here now."""
+        with self._engine.begin() as connection:
+            _delete(connection, schema.failures, [str(path) for path in paths])
+
+    def served(self) -> ServedRecord:
+        """What was learnt about whether this server hands out archives."""
+        with self._engine.begin() as connection:
+            document = _fact(connection, "served")
+        if not isinstance(document, dict):
+            return ServedRecord()
+        return ServedRecord(
+            refused={path: parse_time(when) for path, when in document["refused"].items()},
+            last_success=_parsed(document["last_success"]),
+            last_probe=_parsed(document["last_probe"]),
+        )
+
+    def save_served(self, record: ServedRecord) -> None:
+        """Keep it."""
+        document = {
+            "refused": {path: rfc3339(when) for path, when in record.refused.items()},
+            "last_success": None if record.last_success is None else rfc3339(record.last_success),
+            "last_probe": None if record.last_probe is None else rfc3339(record.last_probe),
+        }
+        with self._engine.begin() as connection:
+            _set_fact(connection, "served", document)
+
+    def save_pass(self, summary: Mapping[str, object]) -> None:
+        """Keep the summary of the last pass, for `status`."""
+        with self._engine.begin() as connection:
+            _set_fact(connection, "last_pass", dict(summary))
+
+    def last_pass(self) -> dict[str, Any] | None:
+        """The summary of the last pass, or None."""
+        with self._engine.begin() as connection:
+            document = _fact(connection, "last_pass")
+        return document if isinstance(document, dict) else None
+
+    def rebuild(self, replicas: Iterable[Replica], quarantined: Iterable[Failure]) -> None:
+        """Forget everything and take this for the truth: what `reindex` found in the tree."""
+        with self._engine.begin() as connection:
+            kept = {name: _fact(connection, name) for name in ("served", "last_pass")}
+            schema.metadata.drop_all(connection)
+            schema.metadata.create_all(connection)
+            _set_fact(connection, "schema_version", schema.SCHEMA_VERSION)
+            for name, value in kept.items():
+                if value is not None:
+                    _set_fact(connection, name, value)
+            _insert(connection, schema.replicas, [_replica_row(replica) for replica in replicas])
+            _insert(connection, schema.failures, [_failure_row(failure) for failure in quarantined])
+
+
+def remove_catalog(path: Path) -> None:
+    """Delete the file and its side files, so that a new one can be made. Raises OSError."""
+    for suffix in ("", "-wal", "-shm", "-journal"):
+        path.with_name(path.name + suffix).unlink(missing_ok=True)
+
+
+def _unusable(path: Path, error: Exception) -> CatalogUnusable:
+    reason = error.orig if isinstance(error, DatabaseError) else error
+    return CatalogUnusable(f"the catalog {path} cannot be used ({reason}): run `tinker-sync reindex` to rebuild it")
+
+
+def _insert(connection: Connection, table: Any, rows: list[dict[str, Any]]) -> None:
+    for start in range(0, len(rows), _AT_A_TIME):
+        connection.execute(insert(table), rows[start : start + _AT_A_TIME])
+
+
+def _delete(connection: Connection, table: Any, paths: list[str]) -> None:
+    for start in range(0, len(paths), 500):
+        connection.execute(delete(table).where(table.c.tinker_path.in_(paths[start : start + 500])))
+
+
+def _fact(connection: Connection, name: str) -> Any:
+    table = schema.facts
+    text = connection.execute(select(table.c.value).where(table.c.name == name)).scalar_one_or_none()
+    return None if text is None else json.loads(text)
+
+
+def _set_fact(connection: Connection, name: str, value: object) -> None:
+    table = schema.facts
+    connection.execute(delete(table).where(table.c.name == name))
+    connection.execute(insert(table), {"name": name, "value": json.dumps(value)})
+
+
+def _moment(micros: int | None) -> datetime | None:
+    return None if micros is None else from_micros(micros)
+
+
+def _parsed(text: str | None) -> datetime | None:
+    return None if text is None else parse_time(text)
+
+
+def _micros(moment: datetime | None) -> int | None:
+    return None if moment is None else to_micros(moment)
+
+
+def _upstream_row(checkpoint: Checkpoint) -> dict[str, Any]:
+    metadata = checkpoint.user_metadata
+    return {
+        "tinker_path": str(checkpoint.path),
+        "time": to_micros(checkpoint.time),
+        "size_bytes": checkpoint.size_bytes,
+        "public": checkpoint.public,
+        "expires_at": _micros(checkpoint.expires_at),
+        "user_metadata": None if metadata is None else json.dumps(dict(metadata), sort_keys=True),
+        "listed_id": checkpoint.listed_id,
+    }
+
+
+def _as_checkpoint(row: Row[Any]) -> Checkpoint:
+    return Checkpoint(
+        path=TinkerPath.parse(row.tinker_path),
+        time=from_micros(row.time),
+        size_bytes=row.size_bytes,
+        public=row.public,
+        user_metadata=None if row.user_metadata is None else json.loads(row.user_metadata),
+        expires_at=_moment(row.expires_at),
+        listed_id=row.listed_id,
+    )
+
+
+def _replica_row(replica: Replica) -> dict[str, Any]:
+    return {
+        "directory": replica.directory,
+        "tinker_path": str(replica.path),
+        "time": to_micros(replica.time),
+        "size_bytes": replica.size_bytes,
+        "total_bytes": replica.total_bytes,
+        "files": replica.files,
+        "fidelity": replica.fidelity,
+        "source": replica.source,
+        "committed_at": to_micros(replica.committed_at),
+        "verified_at": to_micros(replica.verified_at),
+        "manifest_sha256": replica.manifest_sha256,
+        "expires_at": _micros(replica.expires_at),
+        "superseded": replica.superseded,
+        "damaged": json.dumps(list(replica.damaged)),
+    }
+
+
+def _as_replica(row: Row[Any]) -> Replica:
+    return Replica(
+        path=TinkerPath.parse(row.tinker_path),
+        time=from_micros(row.time),
+        size_bytes=row.size_bytes,
+        directory=row.directory,
+        total_bytes=row.total_bytes,
+        files=row.files,
+        fidelity=row.fidelity,
+        source=row.source,
+        committed_at=from_micros(row.committed_at),
+        verified_at=from_micros(row.verified_at),
+        manifest_sha256=row.manifest_sha256,
+        expires_at=_moment(row.expires_at),
+        superseded=row.superseded,
+        damaged=tuple(json.loads(row.damaged)) if row.damaged != "[]" else (),
+    )
+
+
+def _failure_row(failure: Failure) -> dict[str, Any]:
+    return {
+        "tinker_path": str(failure.path),
+        "time": to_micros(failure.time),
+        "size_bytes": failure.size_bytes,
+        "trouble": failure.trouble.value,
+        "attempts": failure.attempts,
+        "error": failure.error,
+        "failed_at": to_micros(failure.failed_at),
+        "retry_at": to_micros(failure.retry_at),
+        "defects": json.dumps(list(failure.defects)),
+        "quarantine": failure.quarantine,
+    }
+
+
+def _as_failure(row: Row[Any]) -> Failure:
+    return Failure(
+        path=TinkerPath.parse(row.tinker_path),
+        time=from_micros(row.time),
+        size_bytes=row.size_bytes,
+        trouble=Trouble(row.trouble),
+        attempts=row.attempts,
+        error=row.error,
+        failed_at=from_micros(row.failed_at),
+        retry_at=from_micros(row.retry_at),
+        defects=tuple(json.loads(row.defects)),
+        quarantine=row.quarantine,
+    )

@@ -1,0 +1,323 @@
+"""The commands. Each reads its settings, calls one thing below, prints what came, and returns an exit code.
+
+Exit codes: 0 all done; 1 done with failures, each named; 2 usage, configuration or wrong root; 3 service unreachable,
+credential refused, or no listing could be proven; 4 another process holds the root; 130/143 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path  # noqa: TC003 - typer reads annotations
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from tinker_sync import __version__
+from tinker_sync.cli import render
+from tinker_sync.errors import FixFirst, TinkerSyncError
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
+    from tinker_sync.config import Settings
+
+app = typer.Typer(
+    name="tinker-sync",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="""Keep a verified local copy of every checkpoint in a Tinker account.
+
+    First steps: `tinker-sync demo` shows everything against a local server, without an account. Then set
+    TINKER_API_KEY, check with `tinker-sync doctor`, and copy with `tinker-sync sync`. Nothing is ever deleted
+    upstream by a copy.
+    """,
+)
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document with stable keys on stdout.")]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What stands before the command."""
+
+    config: Path | None
+    root: Path | None
+    log_format: str | None
+    log_level: str | None
+
+
+def _version(value: bool) -> None:  # noqa: FBT001 - typer's callback
+    if value:
+        typer.echo(f"tinker-sync {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    context: typer.Context,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="Configuration file (else $TINKER_SYNC_CONFIG, ~/.config/tinker-sync/config.toml, /etc/tinker-sync/…)."
+        ),
+    ] = None,
+    root: Annotated[Path | None, typer.Option(help="The mirror's directory; overrides [mirror] root.")] = None,
+    log_format: Annotated[str | None, typer.Option(help="auto, console or json.")] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options that stand before the command."""
+    del version
+    if log_format not in (None, "auto", "console", "json"):
+        message = f"--log-format {log_format!r}: use auto, console or json"
+        raise FixFirst(message)
+    if log_level not in (None, "debug", "info", "warning", "error"):
+        message = f"--log-level {log_level!r}: use debug, info, warning or error"
+        raise FixFirst(message)
+    context.obj = Options(config, root, log_format, log_level)
+
+
+def load(context: typer.Context) -> Settings:
+    """The settings for a command. Raises ConfigInvalid."""
+    from tinker_sync.config import load_settings  # noqa: PLC0415
+
+    chosen: Options = context.obj
+    return load_settings(chosen.config, root=chosen.root)
+
+
+def load_with_logs(context: typer.Context, *, default_level: str | None = None, stream: Any = None) -> Settings:
+    """The settings, with logging set up as they say; `default_level` is for commands that talk for themselves."""
+    from tinker_sync.cli.logs import set_up_logging  # noqa: PLC0415
+
+    settings = load(context)
+    chosen: Options = context.obj
+    configured = settings.log.level if "level" in settings.log.model_fields_set else default_level
+    level = chosen.log_level or configured or settings.log.level
+    set_up_logging(level, chosen.log_format or settings.log.format, stream or (lambda: sys.stderr))
+    for key in settings.without_effect():
+        render.warn(f"note: {key} is set; this version does not act on it yet")
+    return settings
+
+
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM; `number` is the signal's."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def run_async(work: Coroutine[Any, Any, int]) -> NoReturn:
+    """Run a command's coroutine; SIGINT and SIGTERM cancel it, so that everything is cleaned up, then exit 128 + n."""
+    import asyncio  # noqa: PLC0415
+
+    async def main() -> int:
+        task = asyncio.current_task()
+        received: list[int] = []
+
+        def stop(number: int) -> None:
+            received.append(number)
+            if task is not None:
+                task.cancel()
+
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, stop, number)
+        try:
+            return await work
+        except asyncio.CancelledError:
+            if received:
+                render.warn("interrupted: nothing half-made was left behind; run it again to go on")
+                return 128 + received[0]
+            raise
+
+    raise typer.Exit(asyncio.run(main()))
+
+
+@app.command()
+def sync(context: typer.Context, *, json: JsonOption = False) -> None:
+    """Copy what is not here yet, once: list, transfer, verify, commit.
+
+    Copies the soonest-expiring checkpoints first. Failures of single checkpoints stop nothing; they are named, and
+    tried again by a later run. Exit code 0: everything wanted is here. 1: some failed. 3: the account could not be
+    listed completely.
+    """
+    from tinker_sync.cli import progress, work  # noqa: PLC0415
+
+    with progress.reporter(quiet=json) as reporter:
+        settings = load_with_logs(context, stream=_above(reporter))
+        run_async(work.sync(settings, reporter, as_json=json))
+
+
+@app.command()
+def fetch(
+    context: typer.Context,
+    paths: Annotated[list[str], typer.Argument(help="Tinker paths: tinker://<run>/<segment>/<name>")],
+    *,
+    json: JsonOption = False,
+) -> None:
+    """Copy exactly these checkpoints now, whatever filters and back-off say."""
+    from tinker_sync.cli import progress, work  # noqa: PLC0415
+
+    wanted = [parse_path(text) for text in paths]
+    with progress.reporter(quiet=json) as reporter:
+        settings = load_with_logs(context, stream=_above(reporter))
+        run_async(work.fetch(settings, wanted, reporter, as_json=json))
+
+
+@app.command()
+def status(context: typer.Context, *, json: JsonOption = False) -> None:
+    """What is here, what is missing, what failed; from the local catalog alone, without asking the service."""
+    from tinker_sync.cli import local  # noqa: PLC0415
+
+    raise typer.Exit(local.status(load(context), as_json=json))
+
+
+@app.command(name="ls")
+def list_replicas(
+    context: typer.Context,
+    run: Annotated[str, typer.Argument(help="Only this training run (or the beginning of its id).")] = "",
+    *,
+    json: JsonOption = False,
+) -> None:
+    """List the replicas that are here."""
+    from tinker_sync.cli import local  # noqa: PLC0415
+
+    raise typer.Exit(local.list_replicas(load(context), run, as_json=json))
+
+
+@app.command(name="path")
+def show_path(
+    context: typer.Context,
+    tinker_path: Annotated[str, typer.Argument(help="tinker://<run>/<segment>/<name>")],
+    *,
+    json: JsonOption = False,
+) -> None:
+    """Print a replica's directory, for use in other commands: --lora-modules a=$(tinker-sync path tinker://…)."""
+    from tinker_sync.cli import local  # noqa: PLC0415
+
+    raise typer.Exit(local.show_path(load(context), parse_path(tinker_path), as_json=json))
+
+
+@app.command()
+def verify(
+    context: typer.Context,
+    paths: Annotated[list[str] | None, typer.Argument(help="Only these tinker paths.")] = None,
+    *,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Fetch damaged replicas again, where upstream still is.")
+    ] = False,
+    json: JsonOption = False,
+) -> None:
+    """Read every replica back from the disk and compare it with its manifest.
+
+    A damaged replica keeps its place until the repaired one is whole; only bytes equal to its manifest repair it.
+    Exit code 0: all is well, or all was repaired. 1: damage remains, each named.
+    """
+    from tinker_sync.cli import work  # noqa: PLC0415
+
+    wanted = [parse_path(text) for text in paths or []]
+    settings = load_with_logs(context, default_level="warning")
+    run_async(work.verify(settings, wanted, repair=repair, as_json=json))
+
+
+@app.command()
+def reindex(context: typer.Context, *, json: JsonOption = False) -> None:
+    """Rebuild the catalog from the tree, and report what has no readable manifest.
+
+    The catalog is only an index: deleting it loses nothing but the history of failures.
+    """
+    from tinker_sync.cli import local  # noqa: PLC0415
+
+    raise typer.Exit(local.reindex(load_with_logs(context, default_level="warning"), as_json=json))
+
+
+@app.command(name="check-config")
+def check_config(context: typer.Context, *, json: JsonOption = False) -> None:
+    """Read the configuration, say what is wrong with it, or what it comes to. Asks no service."""
+    from tinker_sync.cli import local  # noqa: PLC0415
+
+    chosen: Options = context.obj
+    raise typer.Exit(local.check_config(load(context), chosen.config, as_json=json))
+
+
+@app.command()
+def doctor(context: typer.Context, *, json: JsonOption = False) -> None:
+    """Try everything that a mirror needs, and say what to do about what is missing.
+
+    Configuration, disk, lock, clock, credential, listing, and per type what this server can hand out. Changes
+    nothing upstream and no replica.
+    """
+    from tinker_sync.cli import doctor as checks  # noqa: PLC0415
+
+    settings = load_with_logs(context, default_level="error")
+    run_async(checks.examine(settings, as_json=json))
+
+
+@app.command()
+def demo(
+    context: typer.Context,
+    *,
+    stay: Annotated[bool, typer.Option("--stay", help="Keep the server up afterwards, for playing.")] = False,
+    directory: Annotated[
+        Path | None, typer.Option(help="Where the demo's mirror goes; a new temporary directory by default.")
+    ] = None,
+) -> None:
+    """Show in half a minute what this program does, against a local server with generated adapters. No account."""
+    from tinker_sync.cli.demo import show  # noqa: PLC0415
+    from tinker_sync.cli.logs import set_up_logging  # noqa: PLC0415
+
+    chosen: Options = context.obj
+    set_up_logging(chosen.log_level or "error", chosen.log_format or "auto")
+    run_async(show(directory, stay=stay))
+
+
+def parse_path(text: str) -> Any:
+    """A tinker path from the command line. Raises FixFirst."""
+    from tinker_sync.model.paths import PathInvalid, TinkerPath  # noqa: PLC0415
+
+    try:
+        return TinkerPath.parse(text)
+    except PathInvalid as error:
+        raise FixFirst(str(error)) from error
+
+
+def _above(reporter: Any) -> Any:
+    """Log lines go above the progress bars where there are some."""
+    console = reporter.console
+    return (lambda: console.file) if console is not None else None
+
+
+def _exit_on_signal(number: int, _: object) -> None:
+    raise SystemExit(128 + number)
+
+
+def run() -> int:
+    """Run the command line; every error that a user can cause ends here as words and an exit code."""
+    from tinker_sync.cli import remote  # noqa: PLC0415 - registers itself with `app`
+
+    if "remote" not in {group.name for group in app.registered_groups}:
+        app.add_typer(remote.app, name="remote")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _exit_on_signal)
+    try:
+        app(prog_name="tinker-sync")
+    except TinkerSyncError as error:
+        for line in str(error).splitlines():
+            render.warn(f"tinker-sync: {line}")
+        return error.exit_code
+    except BrokenPipeError:
+        # The reader of our output has gone (`| head`): nothing is wrong.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        where = f" {error.filename}" if error.filename else ""
+        render.warn(f"tinker-sync:{where}: {error.strerror or error}")
+        return 1
+    return 0

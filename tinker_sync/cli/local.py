@@ -1,0 +1,256 @@
+"""Commands that ask nobody: they read the catalog and the tree, without a lock."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+from tinker_sync.cli import render
+from tinker_sync.errors import TinkerSyncError
+from tinker_sync.model.moments import parse_time, rfc3339
+from tinker_sync.model.work import Trouble
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tinker_sync.config import Settings
+    from tinker_sync.model.paths import TinkerPath
+    from tinker_sync.model.work import Replica
+
+_SOON = timedelta(hours=24)
+
+
+def status(settings: Settings, *, as_json: bool) -> int:
+    """State, from the catalog."""
+    from tinker_sync.catalog.store import CatalogMissing, SqlCatalog  # noqa: PLC0415
+
+    try:
+        with SqlCatalog.open(settings.state / "catalog.db", read_only=True) as catalog:
+            document = _state(settings, catalog)
+    except CatalogMissing:
+        document = _nothing(settings)
+    if as_json:
+        render.print_json(document)
+    else:
+        _tell_status(document)
+    return 0
+
+
+def _nothing(settings: Settings) -> dict[str, Any]:
+    empty: dict[str, Any] = dict.fromkeys(
+        ("replicas", "bytes", "damaged", "upstream", "pending", "failing", "unmirrorable", "quarantined"), 0
+    )
+    return {
+        **empty,
+        "expiring_unmirrored": [],
+        "failures": [],
+        "stopped": False,
+        "last_pass": None,
+        "root": str(settings.root),
+    }
+
+
+def _state(settings: Settings, catalog: Any) -> dict[str, Any]:
+    now = datetime.now(UTC)
+    failures = catalog.failures()
+    selection = _selection(settings)
+    missing = [row for row in catalog.unmirrored() if row.expires_at is None or row.expires_at > now]
+    known_first = catalog.first_expiry()
+    wanted = [row for row in missing if _is_wanted(row, selection, known_first)]
+    trouble = {failure.path: failure for failure in failures}
+    unmirrorable = [f for f in failures if f.trouble is Trouble.NOT_SERVED]
+    pending = [row for row in wanted if row.path not in trouble or trouble[row.path].time != row.time]
+    expiring = sorted(
+        (row for row in wanted if row.expires_at is not None and row.expires_at - now < _SOON),
+        key=lambda row: row.expires_at,
+    )
+    return {
+        **catalog.counts(),
+        "pending": len(pending),
+        "failing": sum(1 for failure in failures if failure.trouble is Trouble.FAILING),
+        "unmirrorable": len(unmirrorable),
+        "quarantined": sum(1 for failure in failures if failure.trouble is Trouble.QUARANTINED),
+        "expiring_unmirrored": [
+            {"tinker_path": str(row.path), "expires_at": rfc3339(row.expires_at)} for row in expiring
+        ],
+        "failures": [
+            {
+                "tinker_path": str(failure.path),
+                "trouble": failure.trouble.value,
+                "error": failure.error,
+                "attempts": failure.attempts,
+                "retry_at": rfc3339(failure.retry_at),
+            }
+            for failure in failures
+        ],
+        "stopped": (settings.state / "stop").exists(),
+        "last_pass": catalog.last_pass(),
+        "root": str(settings.root),
+    }
+
+
+def _selection(settings: Settings) -> Any:
+    from tinker_sync.planning import Selection  # noqa: PLC0415
+
+    mirror = settings.mirror
+    return Selection(mirror.types, mirror.include, mirror.exclude, mirror.short_ttl, mirror.short_ttl_settle)
+
+
+def _is_wanted(row: Any, selection: Any, first: Any) -> bool:
+    """Whether a missing checkpoint is news: not filtered out, and not one of the rolling saves."""
+    from tinker_sync.planning import Known, is_short_lived  # noqa: PLC0415
+
+    if selection.refusal(row.path) is not None:
+        return False
+    return not is_short_lived(row, Known(first_expiry=first), selection.short_ttl)
+
+
+def _tell_status(document: dict[str, Any]) -> None:
+    now = datetime.now(UTC)
+    last = document["last_pass"]
+    bad = document["failing"] + document["quarantined"] + document["damaged"]
+    soon = len(document["expiring_unmirrored"])
+    if last is None:
+        render.say("nothing was mirrored here yet: run `tinker-sync sync`")
+    elif last["service_error"]:
+        render.say(f"NOT WELL: the last pass ended with: {last['service_error']}")
+    elif bad or soon:
+        render.say(
+            f"NOT WELL: {document['failing']} failing, {document['quarantined']} quarantined, "
+            f"{document['damaged']} damaged, {soon} expire uncopied within 24 h"
+        )
+    elif document["pending"]:
+        render.say(f"working: {document['pending']} checkpoints are still to be copied")
+    else:
+        render.say("all is well: everything wanted is here")
+    render.say(f"  {document['replicas']} replicas, {render.size(document['bytes'])} below {document['root']}")
+    if last is not None:
+        proven = "complete" if last["complete"] else "unproven"
+        render.say(
+            f"  last pass {render.ago(parse_time(last['at']), now)}: {last['listed']} listed ({proven}), "
+            f"{last['transferred']} copied, {last['failed']} failed"
+        )
+    if document["unmirrorable"]:
+        render.say(f"  {document['unmirrorable']} are not served by this server (see `tinker-sync doctor`)")
+    for row in document["expiring_unmirrored"][:20]:
+        render.say(f"  expires {render.ahead(parse_time(row['expires_at']), now)} uncopied: {row['tinker_path']}")
+    for failure in document["failures"][:20]:
+        if failure["trouble"] != Trouble.NOT_SERVED.value:
+            render.say(
+                f"  {failure['tinker_path']}: {failure['error']} "
+                f"(tried {failure['attempts']} times, again {render.ahead(parse_time(failure['retry_at']), now)})"
+            )
+    if len(document["failures"]) > 20:
+        render.say(f"  … {len(document['failures']) - 20} more, see --json")
+
+
+def list_replicas(settings: Settings, run: str, *, as_json: bool) -> int:
+    """Replicas of one run, or of all."""
+    from tinker_sync.wiring import open_catalog_for_reading  # noqa: PLC0415
+
+    prefix = run if run.startswith("tinker://") else f"tinker://{run}"
+    with open_catalog_for_reading(settings) as catalog:
+        replicas = catalog.replicas(prefix if run else "")
+    if as_json:
+        render.print_json({"replicas": [_as_json(settings, replica) for replica in replicas]})
+        return 0
+    rows = [
+        (
+            str(replica.path) + (" (superseded)" if replica.superseded else ""),
+            rfc3339(replica.time.replace(microsecond=0)),
+            render.size(replica.total_bytes),
+            replica.files,
+            replica.fidelity if not replica.damaged else "DAMAGED",
+        )
+        for replica in replicas
+    ]
+    render.table(("checkpoint", "time", "size", "files", "fidelity"), rows)
+    render.say(f"{len(replicas)} replicas, {render.size(sum(replica.total_bytes for replica in replicas))}")
+    return 0
+
+
+def _as_json(settings: Settings, replica: Replica) -> dict[str, Any]:
+    return {
+        "tinker_path": str(replica.path),
+        "time": rfc3339(replica.time),
+        "size_bytes": replica.size_bytes,
+        "directory": str(settings.root / replica.directory),
+        "total_bytes": replica.total_bytes,
+        "files": replica.files,
+        "fidelity": replica.fidelity,
+        "source": replica.source,
+        "committed_at": rfc3339(replica.committed_at),
+        "verified_at": rfc3339(replica.verified_at),
+        "superseded": replica.superseded,
+        "damaged": list(replica.damaged),
+    }
+
+
+def show_path(settings: Settings, path: TinkerPath, *, as_json: bool) -> int:
+    """A replica's directory, as it is on the disk now."""
+    from tinker_sync.wiring import open_catalog_for_reading  # noqa: PLC0415
+
+    with open_catalog_for_reading(settings) as catalog:
+        found = [replica for replica in catalog.replicas(str(path)) if replica.path == path and not replica.superseded]
+    if not found or not (settings.root / found[0].directory).is_dir():
+        message = f"{path} is not here: see `tinker-sync ls`, or copy it with `tinker-sync fetch {path}`"
+        raise TinkerSyncError(message)
+    if as_json:
+        render.print_json(_as_json(settings, found[0]))
+    else:
+        render.say(str(settings.root / found[0].directory))
+    return 0
+
+
+def reindex(settings: Settings, *, as_json: bool) -> int:
+    """Rebuild the catalog from the tree."""
+    from tinker_sync.wiring import rebuild_catalog  # noqa: PLC0415
+
+    replicas, damaged = rebuild_catalog(settings)
+    if as_json:
+        render.print_json(
+            {
+                "replicas": replicas,
+                "damaged": [
+                    {
+                        "tinker_path": str(item.path),
+                        "directory": str(settings.root / item.directory),
+                        "defects": [str(defect) for defect in item.defects],
+                    }
+                    for item in damaged
+                ],
+            }
+        )
+    else:
+        render.say(f"{replicas} replicas in the catalog")
+        for item in damaged:
+            render.say(f"{settings.root / item.directory}: {'; '.join(str(defect) for defect in item.defects)}")
+        if damaged:
+            render.say("move these away, then run `tinker-sync sync` to copy them again")
+    return 1 if damaged else 0
+
+
+def check_config(settings: Settings, explicit: Path | None, *, as_json: bool) -> int:
+    """The configuration is valid; say what it comes to."""
+    from tinker_sync.config import find_config  # noqa: PLC0415
+
+    path = find_config(explicit)
+    if as_json:
+        document = settings.model_dump(mode="json")
+        render.print_json(
+            {
+                "config": None if path is None else str(path),
+                "base_url": settings.base_url,
+                "root": str(settings.root),
+                "without_effect": settings.without_effect(),
+                "settings": document,
+            }
+        )
+        return 0
+    render.say(f"{path or 'no configuration file: defaults and environment'}: ok")
+    render.say(f"  service {settings.base_url}")
+    render.say(f"  mirror  {settings.root}")
+    render.say(f"  types   {', '.join(settings.mirror.types)}")
+    for key in settings.without_effect():
+        render.say(f"  note: {key} is set; this version does not act on it yet")
+    return 0

@@ -1,0 +1,149 @@
+"""Commands that move bytes: they take the lock, open the service, run the engine, and tell what it did."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+from tinker_sync.cli import render
+from tinker_sync.errors import TinkerSyncError
+from tinker_sync.wiring import (
+    Silent,
+    make_scrubber,
+    open_catalog_for_reading,
+    open_mirror,
+    open_root,
+    open_service,
+    open_tree_for_reading,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tinker_sync.catalog.store import SqlCatalog
+    from tinker_sync.config import Settings
+    from tinker_sync.destination.local import LocalTree
+    from tinker_sync.model.paths import TinkerPath
+    from tinker_sync.model.work import Replica
+    from tinker_sync.passes import PassResult
+    from tinker_sync.ports import Reporter
+    from tinker_sync.scrub import ScrubResult
+
+
+async def sync(settings: Settings, reporter: Reporter, *, as_json: bool) -> int:
+    """One pass."""
+    async with open_service(settings) as service:
+        await service.credentials.headers()
+        with open_root(settings, command="sync", account=service.credentials.account) as root:
+            async with open_mirror(settings, service, root, reporter) as mirror:
+                result = await mirror.sync()
+    return _tell(result, as_json=as_json)
+
+
+async def fetch(settings: Settings, paths: Sequence[TinkerPath], reporter: Reporter, *, as_json: bool) -> int:
+    """These, now."""
+    async with open_service(settings) as service:
+        await service.credentials.headers()
+        with open_root(settings, command="fetch", account=service.credentials.account) as root:
+            async with open_mirror(settings, service, root, reporter) as mirror:
+                result = await mirror.fetch(paths)
+    return _tell(result, as_json=as_json)
+
+
+def _tell(result: PassResult, *, as_json: bool) -> int:
+    if as_json:
+        render.print_json(result.as_json())
+        return result.exit_code
+    rate = f", {render.size(result.bytes / result.seconds)}/s" if result.bytes and result.seconds else ""
+    render.say(
+        f"{result.listed} listed, {len(result.transferred)} copied ({render.size(result.bytes)} in "
+        f"{result.seconds:.1f} s{rate}), {len(result.failed)} failed, {len(result.skipped)} skipped"
+    )
+    reasons: dict[str, int] = {}
+    for reason in result.skipped.values():
+        reasons[reason] = reasons.get(reason, 0) + 1
+    for reason, number in sorted(reasons.items()):
+        render.say(f"  skipped {number}: {reason}")
+    for path, (error, retry_at) in sorted(result.failed.items()):
+        again = f" (again at {retry_at})" if retry_at else ""
+        render.say(f"  failed {path}: {error}{again}")
+    for doubt in result.doubts:
+        render.say(f"  the listing is unproven: {doubt}")
+    if result.service_error is not None:
+        render.warn(f"tinker-sync: {result.service_error}")
+    return result.exit_code
+
+
+async def verify(settings: Settings, paths: Sequence[TinkerPath], *, repair: bool, as_json: bool) -> int:
+    """Re-read replicas; with `repair`, fetch the damaged ones again."""
+    if not repair:
+        tree = open_tree_for_reading(settings)
+        with open_catalog_for_reading(settings) as catalog:
+            result = await _scrub(tree, catalog, _chosen(catalog, paths), record=False)
+        return _tell_verified(result, [], {}, as_json=as_json)
+    async with open_service(settings) as service:
+        with open_root(settings, command="verify --repair") as root:
+            replicas = _chosen(root.catalog, paths)
+            result = await _scrub(root.tree, root.catalog, replicas, record=True)
+            current = [replica for replica, _ in result.damaged.values() if not replica.superseded]
+            repaired: list[TinkerPath] = []
+            failed: dict[TinkerPath, str] = {}
+            if current:
+                async with open_mirror(settings, service, root, Silent()) as mirror:
+                    outcome = await mirror.fetch([replica.path for replica in current])
+                repaired = list(outcome.transferred)
+                failed = {path: error for path, (error, _) in outcome.failed.items()}
+    return _tell_verified(result, repaired, failed, as_json=as_json)
+
+
+async def _scrub(tree: LocalTree, catalog: SqlCatalog, replicas: Sequence[Replica], *, record: bool) -> ScrubResult:
+    with ThreadPoolExecutor(os.cpu_count() or 2, thread_name_prefix="read") as readers:
+        try:
+            return await make_scrubber(tree, catalog, readers, record=record).scrub(replicas)
+        except asyncio.CancelledError:
+            readers.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _chosen(catalog: SqlCatalog, paths: Sequence[TinkerPath]) -> list[Replica]:
+    replicas = catalog.replicas()
+    if not paths:
+        return replicas
+    here = {replica.path for replica in replicas}
+    missing = [str(path) for path in paths if path not in here]
+    if missing:
+        message = f"not here: {', '.join(missing)}; see `tinker-sync ls`"
+        raise TinkerSyncError(message)
+    return [replica for replica in replicas if replica.path in set(paths)]
+
+
+def _tell_verified(
+    result: ScrubResult, repaired: Sequence[TinkerPath], failed: dict[TinkerPath, str], *, as_json: bool
+) -> int:
+    damaged = [
+        {"tinker_path": str(replica.path), "defects": [str(defect) for defect in defects]}
+        for replica, defects in result.damaged.values()
+    ]
+    left = [
+        replica for replica, _ in result.damaged.values() if replica.path not in set(repaired) or replica.superseded
+    ]
+    document: dict[str, Any] = {
+        "checked": result.checked,
+        "ok": result.checked - len(damaged),
+        "damaged": damaged,
+        "repaired": [str(path) for path in repaired],
+    }
+    if as_json:
+        render.print_json(document)
+        return 1 if left else 0
+    render.say(f"{result.checked} replicas read, {document['ok']} ok, {len(damaged)} damaged")
+    for item in damaged:
+        render.say(f"  damaged {item['tinker_path']}: {'; '.join(item['defects'])}")
+    for path in repaired:
+        render.say(f"  repaired {path}")
+    for replica in left:
+        why = failed.get(replica.path, "run `tinker-sync verify --repair`")
+        render.say(f"  still damaged {replica.path}: {why}")
+    return 1 if left else 0

@@ -1,0 +1,446 @@
+"""The tree on a local filesystem.
+
+**Commit**: fsync each file, the manifest, each nested directory and the stage; one rename; fsync the parent and every
+ancestor just created. Nothing half-made ever bears a final name. A stage that holds a manifest is whole: if its process
+died before the rename, the next start finishes it.
+
+It refuses to write outside the root, to overwrite a replica, and to touch a directory that it did not make.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+import threading
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from tinker_sync.destination.files import (
+    HashingWriter,
+    disk_errors,
+    fsync_directory,
+    make_directories,
+    replace_file,
+    write_new,
+)
+from tinker_sync.destination.readback import check_replica, read_manifest
+from tinker_sync.destination.root import STATE_DIRECTORY
+from tinker_sync.errors import DiskTrouble
+from tinker_sync.model.evidence import Defect, Kind
+from tinker_sync.model.manifest import Manifest, ManifestInvalid
+from tinker_sync.model.moments import compact, parse_time, rfc3339
+from tinker_sync.model.names import encode_component, hashed_component, is_superseded, superseded_name
+from tinker_sync.model.paths import MANIFEST_NAME, TinkerPath
+from tinker_sync.model.work import Committed, Damage, Failure, Replica, Trouble
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from datetime import datetime
+
+    from tinker_sync.destination.space import Reservation, SpaceLedger
+    from tinker_sync.model.checkpoint import Identity
+    from tinker_sync.model.paths import PayloadPath
+
+RUN_FILE: Final = "run.json"
+_PAYLOAD: Final = "payload"
+_OLD: Final = "replaced"
+_NOTES: Final = "defects.json"
+
+
+@dataclass(frozen=True, slots=True)
+class TreeOptions:
+    """How this tree is written."""
+
+    portable_names: bool = False
+    folds_names: bool = False
+    file_mode: int = 0o600
+    dir_mode: int = 0o700
+    keep_superseded: int = 3
+
+
+class LocalTree:
+    """A `Destination`. Thread-safe: stages are independent, the final renames take turns."""
+
+    def __init__(self, root: Path, options: TreeOptions, space: SpaceLedger, now: Callable[[], datetime]) -> None:
+        self.root = root
+        self._options = options
+        self._space = space
+        self.now = now
+        self._renames = threading.Lock()
+        self._latest: dict[tuple[str, str], datetime] = {}
+
+    @property
+    def options(self) -> TreeOptions:
+        """How this tree is written."""
+        return self._options
+
+    def area(self, name: str) -> Path:
+        """`staging`, `quarantine` or `trash`, made when missing. Raises OSError."""
+        path = self.root / STATE_DIRECTORY / name
+        make_directories(path, mode=0o700)
+        return path
+
+    def open_stage(self, path: TinkerPath, expected_bytes: int | None) -> LocalStage:
+        """Reserve space and make a stage. Raises NoSpace, DiskTrouble."""
+        reservation = self._space.reserve(expected_bytes)
+        try:
+            with disk_errors("cannot make a stage in", self.root):
+                home = self.area("staging") / f"{compact(self.now())}-{os.urandom(6).hex()}"
+                make_directories(home / _PAYLOAD, mode=self._options.dir_mode)
+        except BaseException:
+            reservation.release()
+            raise
+        return LocalStage(self, path, home, reservation)
+
+    def room_for(self, size: int) -> bool:
+        """Whether that many more bytes would fit now."""
+        return self._space.fits(size)
+
+    def recover(self) -> list[Committed]:
+        """Put right what a dead process left: finish whole stages, remove the others. Needs the lock.
+
+        Returns what was committed. Raises DiskTrouble.
+        """
+        committed: list[Committed] = []
+        with disk_errors("cannot clean", self.root):
+            for home in sorted(self.area("staging").iterdir()):
+                base = _whole_stage(home)
+                if base is not None:
+                    manifest, _ = read_manifest(base)
+                    with suppress(DiskTrouble):
+                        committed.append(self.place(base, manifest, home, repairs=True))
+                _remove_tree(home)
+            for leftover in self.area("trash").glob("*.part"):
+                _remove_tree(leftover)
+        return committed
+
+    def place(self, base: Path, manifest: Manifest, home: Path, *, repairs: bool) -> Committed:
+        """Give a whole, durable stage its final name. Raises NoSpace, DiskTrouble."""
+        with self._renames, disk_errors("cannot commit into", self.root):
+            created: list[Path] = []
+            parent = self.root
+            for component in (manifest.tinker_path.run_id, manifest.tinker_path.segment):
+                parent = parent / self._free_name(parent, component)
+                created += make_directories(parent, mode=self._options.dir_mode)
+            final = parent / self._free_name(parent, manifest.tinker_path.name)
+            moved = self._make_way(final, manifest, home, repairs=repairs)
+            try:
+                os.rename(base, final)
+            except OSError:
+                if moved is not None:
+                    os.rename(moved, final)
+                raise
+            for directory in dict.fromkeys([parent, *created]):
+                fsync_directory(directory)
+            _, digest = read_manifest(final)
+            replica = self._as_replica(final, manifest, digest, superseded=False)
+            superseded = None
+            if moved is not None and moved.parent == parent:
+                superseded = self._limit_superseded(parent, final.name)
+            self._point_latest(manifest, final)
+        return Committed(replica, superseded)
+
+    def manifest(self, directory: str) -> Manifest:
+        """A replica's manifest, unproven. Raises OSError, ManifestInvalid."""
+        return read_manifest(self.root / directory)[0]
+
+    def read(self, directory: str, advanced: Callable[[int], None] = lambda _: None) -> tuple[Manifest, list[Defect]]:
+        """Read a replica back: its manifest and every defect.
+
+        Raises FileNotFoundError when it is not there, ManifestInvalid when its manifest cannot be read.
+        """
+        path = self.root / directory
+        try:
+            manifest, _ = read_manifest(path)
+        except NotADirectoryError as error:
+            raise FileNotFoundError(str(path)) from error
+        return manifest, check_replica(path, manifest, advanced)
+
+    def list(self) -> Iterator[Replica | Damage]:
+        """Every replica in the tree, from the manifests, in the order of their names."""
+        for run in _subdirectories(self.root):
+            for segment in _subdirectories(run):
+                for directory in _subdirectories(segment):
+                    yield self._look(directory)
+
+    def quarantined(self) -> Iterator[Failure]:
+        """Everything in quarantine, from its notes."""
+        area = self.root / STATE_DIRECTORY / "quarantine"
+        for home in _subdirectories(area):
+            with suppress(OSError, ValueError, KeyError, TypeError):
+                notes = json.loads((home / _NOTES).read_bytes())
+                yield _as_failure(notes, str(home.relative_to(self.root)))
+
+    def record_run(self, run_id: str, facts: Mapping[str, object]) -> None:
+        """Write `run.json`. Raises NoSpace, DiskTrouble."""
+        with self._renames, disk_errors("cannot write run.json below", self.root):
+            directory = self.root / self._free_name(self.root, run_id)
+            for parent in make_directories(directory, mode=self._options.dir_mode):
+                fsync_directory(parent)
+            content = (json.dumps(facts, indent=1, ensure_ascii=False) + "\n").encode()
+            with suppress(FileNotFoundError):
+                if (directory / RUN_FILE).read_bytes() == content:
+                    return
+            replace_file(directory / RUN_FILE, content, mode=self._options.file_mode)
+
+    def repoint_latest(self) -> None:
+        """Make every `latest-*` link anew, from the manifests."""
+        self._latest.clear()
+        newest: dict[tuple[str, str], Replica] = {}
+        for found in self.list():
+            if isinstance(found, Replica) and not found.superseded:
+                key = (found.path.run_id, found.path.segment)
+                if key not in newest or newest[key].time < found.time:
+                    newest[key] = found
+        for replica in newest.values():
+            final = self.root / replica.directory
+            manifest, _ = read_manifest(final)
+            self._latest.pop((str(final.parent.parent), manifest.checkpoint_type), None)
+            self._link_latest(manifest, final)
+
+    def _look(self, directory: Path) -> Replica | Damage:
+        relative = str(directory.relative_to(self.root))
+        superseded = is_superseded(directory.name)
+        try:
+            manifest, digest = read_manifest(directory)
+        except FileNotFoundError:
+            problem = "has no manifest: not made by tinker-sync, or damaged"
+        except (OSError, ManifestInvalid) as error:
+            problem = str(error)
+        else:
+            return self._as_replica(directory, manifest, digest, superseded=superseded)
+        run, segment, name = (_readable(part) for part in Path(relative).parts)
+        defect = Defect(Kind.CONTENT, problem, MANIFEST_NAME)
+        return Damage(TinkerPath(run, segment, name), relative, (defect,))
+
+    def _as_replica(self, directory: Path, manifest: Manifest, digest: str, *, superseded: bool) -> Replica:
+        return Replica(
+            path=manifest.tinker_path,
+            time=manifest.time,
+            size_bytes=manifest.size_bytes,
+            directory=str(directory.relative_to(self.root)),
+            total_bytes=manifest.total_bytes,
+            files=len(manifest.files),
+            fidelity=manifest.fidelity,
+            source=manifest.source,
+            committed_at=manifest.committed_at,
+            verified_at=manifest.committed_at,
+            manifest_sha256=digest,
+            expires_at=manifest.expires_at,
+            superseded=superseded,
+        )
+
+    def _free_name(self, parent: Path, component: str) -> str:
+        """The directory name for a component, or its hashed form where the plain one is another name's."""
+        portable = self._options.portable_names
+        encoded = encode_component(component, portable=portable)
+        if not self._options.folds_names or not os.path.lexists(parent / encoded):
+            return encoded
+        if encoded in os.listdir(parent):
+            return encoded
+        return hashed_component(component, portable=portable)
+
+    def _make_way(self, final: Path, manifest: Manifest, home: Path, *, repairs: bool) -> Path | None:
+        """Free the final name: a superseded version keeps its bytes, a damaged one goes with the stage.
+
+        Returns where what stood there is now.
+        """
+        if not os.path.lexists(final) or (final.is_dir() and not final.is_symlink() and not any(final.iterdir())):
+            return None
+        try:
+            old, _ = read_manifest(final)
+        except (OSError, ManifestInvalid) as error:
+            if repairs and stat.S_ISDIR(final.lstat().st_mode):
+                # Without a manifest nothing proves that these bytes are worthless: kept apart.
+                aside = self.area("quarantine") / f"{compact(self.now())}-{os.urandom(6).hex()}"
+                os.rename(final, aside)
+                return aside
+            message = f"{final} is there and is no replica ({error}); move it away, then sync again"
+            raise DiskTrouble(message) from error
+        if old.tinker_path != manifest.tinker_path:
+            message = f"{final} holds {old.tinker_path}; run `tinker-sync reindex` and look at its report"
+            raise DiskTrouble(message)
+        if old.identity.matches(manifest.identity):
+            if not (repairs and old.same_payload(manifest)):
+                message = f"{final} holds this very checkpoint already; run `tinker-sync reindex`"
+                raise DiskTrouble(message)
+            os.rename(final, home / _OLD)
+            return home / _OLD
+        aside = final.with_name(superseded_name(final.name, old.time))
+        if aside.exists():
+            aside = aside.with_name(f"{aside.name}-{os.urandom(4).hex()}")
+        os.rename(final, aside)
+        return aside
+
+    def _limit_superseded(self, parent: Path, name: str) -> tuple[Replica, ...]:
+        """Let the oldest versions go to the trash; returns those that stay."""
+        versions = sorted(path for path in _subdirectories(parent) if path.name.startswith(f"{name}@"))
+        surplus = max(0, len(versions) - self._options.keep_superseded)
+        for path in versions[:surplus]:
+            os.rename(path, self.area("trash") / f"{compact(self.now())}-{os.urandom(6).hex()}")
+        looks = (self._look(path) for path in versions[surplus:])
+        return tuple(look for look in looks if isinstance(look, Replica))
+
+    def _point_latest(self, manifest: Manifest, final: Path) -> None:
+        key = (str(final.parent.parent), manifest.checkpoint_type)
+        if key not in self._latest:
+            link = final.parent.parent / f"latest-{manifest.checkpoint_type}"
+            with suppress(OSError, ManifestInvalid):
+                self._latest[key] = read_manifest(link)[0].time
+        if key not in self._latest or self._latest[key] <= manifest.time:
+            self._link_latest(manifest, final)
+
+    def _link_latest(self, manifest: Manifest, final: Path) -> None:
+        run = final.parent.parent
+        link = run / f"latest-{manifest.checkpoint_type}"
+        temporary = run / f".latest-{os.getpid()}-{os.urandom(4).hex()}"
+        with suppress(OSError):  # FAT and SMB have no symbolic links; the tree is whole without them
+            os.symlink(os.path.join(final.parent.name, final.name), temporary)
+            try:
+                os.rename(temporary, link)
+            except OSError:
+                temporary.unlink()
+            self._latest[(str(run), manifest.checkpoint_type)] = manifest.time
+
+
+class LocalStage:
+    """One checkpoint being put together in `staging/`. Used by one thread at a time."""
+
+    def __init__(self, tree: LocalTree, path: TinkerPath, home: Path, space: Reservation) -> None:
+        self._tree = tree
+        self._path = path
+        self._home = home
+        self._space = space
+        self._open: list[HashingWriter] = []
+
+    @property
+    def payload(self) -> Path:
+        """Where the files are."""
+        return self._home / _PAYLOAD
+
+    def write(self, path: PayloadPath, size: int | None = None) -> HashingWriter:
+        """Start a file. Raises NoSpace, DiskTrouble."""
+        options = self._tree.options
+        target = self.payload.joinpath(*path.parts)
+        with disk_errors("cannot make", target.parent):
+            make_directories(target.parent, mode=options.dir_mode)
+        writer = HashingWriter(path, target, size=size, mode=options.file_mode, space=self._space)
+        self._open.append(writer)
+        return writer
+
+    def make_directory(self, path: PayloadPath) -> None:
+        """Make an empty directory. Raises NoSpace, DiskTrouble."""
+        target = self.payload.joinpath(*path.parts)
+        with disk_errors("cannot make", target):
+            make_directories(target, mode=self._tree.options.dir_mode)
+
+    def commit(self, manifest: Manifest, *, strip: str | None = None, repairs: bool = False) -> Committed:
+        """Make it durable, then give it its final name. Raises NoSpace, DiskTrouble; the stage is gone in any case."""
+        try:
+            base = self.payload / strip if strip is not None else self.payload
+            with disk_errors("cannot commit", base):
+                write_new(base / MANIFEST_NAME, manifest.to_bytes(), mode=self._tree.options.file_mode)
+                _fsync_directories(base)
+                fsync_directory(self._home)
+            return self._tree.place(base, manifest, self._home, repairs=repairs)
+        finally:
+            self.abort()
+
+    def quarantine(self, identity: Identity, defects: Sequence[Defect]) -> str:
+        """Keep the bytes with their defects; an older quarantine of the same object gives way.
+
+        Returns the directory below the root. Raises NoSpace, DiskTrouble; the stage is gone in any case.
+        """
+        try:
+            with disk_errors("cannot quarantine into", self._tree.root):
+                area = self._tree.area("quarantine")
+                notes = {
+                    "tinker_path": str(identity.path),
+                    "time": rfc3339(identity.time),
+                    "size_bytes": identity.size_bytes,
+                    "quarantined_at": rfc3339(self._tree.now()),
+                    "defects": [str(defect) for defect in defects],
+                }
+                write_new(self._home / _NOTES, (json.dumps(notes, indent=1) + "\n").encode(), mode=0o600)
+                _fsync_directories(self._home)
+                earlier = [
+                    failure.quarantine for failure in self._tree.quarantined() if str(failure.path) == str(self._path)
+                ]
+                target = area / self._home.name
+                os.rename(self._home, target)
+                fsync_directory(area)
+                for directory in earlier:
+                    _remove_tree(self._tree.root / directory)
+            return str(target.relative_to(self._tree.root))
+        finally:
+            self.abort()
+
+    def abort(self) -> None:
+        """Remove it. Never raises; harmless when it is gone."""
+        for writer in self._open:
+            writer.discard()
+        self._open.clear()
+        self._space.release()
+        _remove_tree(self._home)
+
+
+def _fsync_directories(base: Path) -> None:
+    for directory, _, _ in os.walk(base, topdown=False):
+        fsync_directory(Path(directory))
+
+
+def _whole_stage(home: Path) -> Path | None:
+    """The directory in a dead process's stage that holds a manifest and matches it, or None."""
+    candidates = [home / _PAYLOAD, *_subdirectories(home / _PAYLOAD)]
+    for base in candidates:
+        with suppress(OSError, ManifestInvalid):
+            manifest, _ = read_manifest(base)
+            return base if not check_replica(base, manifest, lambda _: None) else None
+    return None
+
+
+def _subdirectories(path: Path) -> list[Path]:
+    try:
+        with os.scandir(path) as entries:
+            names = [
+                entry.name
+                for entry in entries
+                if entry.is_dir(follow_symlinks=False) and not entry.name.startswith(".")
+            ]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return [path / name for name in sorted(names)]
+
+
+def _remove_tree(path: Path) -> None:
+    def make_writable(function: Callable[[str], Any], name: str, _: BaseException) -> None:
+        with suppress(OSError):
+            os.chmod(os.path.dirname(name), 0o700)
+            function(name)
+
+    with suppress(OSError):
+        shutil.rmtree(path, ignore_errors=False, onerror=lambda f, n, e: make_writable(f, n, e[1]))
+
+
+def _readable(component: str) -> str:
+    return component.partition("@")[0]
+
+
+def _as_failure(notes: dict[str, Any], directory: str) -> Failure:
+    at = parse_time(notes["quarantined_at"])
+    return Failure(
+        path=TinkerPath.parse(notes["tinker_path"]),
+        time=parse_time(notes["time"]),
+        size_bytes=notes["size_bytes"],
+        trouble=Trouble.QUARANTINED,
+        attempts=1,
+        error="; ".join(notes["defects"]),
+        failed_at=at,
+        retry_at=at,
+        defects=tuple(notes["defects"]),
+        quarantine=directory,
+    )

@@ -1,0 +1,86 @@
+"""Free space: what the filesystem has, less what running transfers will still need."""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import TYPE_CHECKING
+
+from tinker_sync.errors import NoSpace
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+
+def free_bytes(path: Path) -> int:
+    """What an unprivileged process can still write on that filesystem. Raises OSError."""
+    stat = os.statvfs(path)
+    return stat.f_bavail * stat.f_frsize
+
+
+class Reservation:
+    """One transfer's share of the free space; give it back with `release`."""
+
+    def __init__(self, ledger: SpaceLedger, expected: int) -> None:
+        self._ledger = ledger
+        self._left = expected
+
+    def written(self, size: int) -> None:
+        """So much is on disk now and no longer reserved. Raises NoSpace below `min_free`."""
+        self._ledger.give_back(min(size, self._left))
+        self._left -= min(size, self._left)
+        self._ledger.check()
+
+    def release(self) -> None:
+        """The transfer is over; harmless when repeated."""
+        self._ledger.give_back(self._left)
+        self._left = 0
+
+
+class SpaceLedger:
+    """Keeps `min_free` on one filesystem, thread-safe."""
+
+    def __init__(self, root: Path, min_free: int, free: Callable[[Path], int] = free_bytes) -> None:
+        self._root = root
+        self._min_free = min_free
+        self._free = free
+        self._reserved = 0
+        self._lock = threading.Lock()
+
+    def reserve(self, expected: int | None) -> Reservation:
+        """Set `expected` bytes aside. Raises NoSpace when they would not fit above `min_free`."""
+        wanted = expected or 0
+        with self._lock:
+            free = self._free(self._root)
+            left = free - self._reserved - wanted
+            if left < self._min_free:
+                running = f", {self._reserved:,} reserved by running transfers" if self._reserved else ""
+                message = (
+                    f"no space: {wanted:,} bytes would leave {max(left, 0):,} free below {self._root} "
+                    f"({free:,} free{running}); [mirror] min_free is {self._min_free:,}. "
+                    "Free space there, or lower min_free"
+                )
+                raise NoSpace(message)
+            self._reserved += wanted
+        return Reservation(self, wanted)
+
+    def fits(self, expected: int) -> bool:
+        """Whether `reserve` would accept so much now."""
+        with self._lock:
+            return self._free(self._root) - self._reserved - expected >= self._min_free
+
+    def check(self) -> None:
+        """Raises NoSpace when the filesystem fell below `min_free` while a transfer was writing."""
+        free = self._free(self._root)
+        if free < self._min_free:
+            message = (
+                f"no space: {free:,} bytes free below {self._root}, [mirror] min_free is {self._min_free:,}. "
+                "Free space there, or lower min_free"
+            )
+            raise NoSpace(message)
+
+    def give_back(self, size: int) -> None:
+        """Part of a reservation is written or not needed."""
+        with self._lock:
+            self._reserved -= size

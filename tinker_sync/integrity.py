@@ -1,0 +1,241 @@
+"""Judges what was seen while a checkpoint was written: paths, sizes, digests, first bytes. Never a `Path`, no I/O.
+
+All defects are collected before anything is said, because "truncated" alone hides "and it is the wrong file".
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import re
+from typing import TYPE_CHECKING, Any, Final
+
+from tinker_sync.model.evidence import Claim, Defect, Kind, SeenFile
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from tinker_sync.model.evidence import SeenBody
+    from tinker_sync.model.manifest import Manifest
+    from tinker_sync.model.paths import PayloadPath
+
+MARKER: Final = "checkpoint_complete"
+ADAPTER_CONFIG: Final = "adapter_config.json"
+
+_SAFETENSORS_HEADER_LIMIT: Final = 100_000_000
+"""The format's own limit (safetensors, `MAX_HEADER_SIZE`)."""
+_EXAMINED_HEADER_LIMIT: Final = 32 * 1024 * 1024
+"""Larger headers are only checked for their length: memory stays bounded."""
+_JSON_LIMIT: Final = 1024 * 1024
+_WEIGHTS: Final = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|distcp|gguf|npz|age)$")
+_OPTIMIZER: Final = re.compile(r"optim", re.IGNORECASE)
+_DTYPE_BYTES: Final = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0"), 1),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 2),
+    **dict.fromkeys(("I32", "U32", "F32"), 4),
+    **dict.fromkeys(("I64", "U64", "F64", "C64"), 8),
+}
+
+
+def head_wanted(path: PayloadPath, size: int, first: bytes) -> int:
+    """How many of a file's first bytes `judge_content` needs, given at least the first 8 of them (or all)."""
+    if path.name.endswith(".safetensors"):
+        if len(first) < 8:
+            return 8
+        length = int.from_bytes(first[:8], "little")
+        return 8 + length if length <= min(_EXAMINED_HEADER_LIMIT, size) else 8
+    if path.name == ADAPTER_CONFIG:
+        return min(size, _JSON_LIMIT)
+    return 0
+
+
+def read_claim(headers: Mapping[str, str]) -> tuple[Claim, list[Defect]]:
+    """What a storage response promises about its body. Header names are in lower case.
+
+    Sources: GCS `x-goog-hash` (void where GCS decompresses on the way), RFC 1864 `Content-MD5`, S3
+    `x-amz-checksum-*` (not the composite ones of multipart uploads), and an S3 ETag of a single part
+    without KMS, which is the MD5.
+    """
+    digests: dict[str, bytes] = {}
+    defects: list[Defect] = []
+
+    def take(algorithm: str, encoded: str, where: str) -> None:
+        try:
+            value = base64.b64decode(encoded, validate=True)
+        except (binascii.Error, ValueError):
+            return
+        if algorithm not in _DIGEST_BYTES or len(value) != _DIGEST_BYTES[algorithm]:
+            return
+        if digests.setdefault(algorithm, value) != value:
+            defects.append(Defect(Kind.TRANSPORT, f"two different {algorithm} digests were promised", where))
+
+    stored = headers.get("x-goog-stored-content-encoding", "identity")
+    if stored in ("identity", headers.get("content-encoding", "identity")):
+        for part in headers.get("x-goog-hash", "").split(","):
+            algorithm, _, encoded = part.strip().partition("=")
+            take(algorithm, encoded, "x-goog-hash")
+    if "content-md5" in headers:
+        take("md5", headers["content-md5"], "Content-MD5")
+    if headers.get("x-amz-checksum-type", "").upper() != "COMPOSITE":
+        for name, value in headers.items():
+            if name.startswith("x-amz-checksum-"):
+                take(name.removeprefix("x-amz-checksum-"), value, name)
+    if "x-amz-request-id" in headers and headers.get("x-amz-server-side-encryption", "AES256") == "AES256":
+        tag = headers.get("etag", "").strip('"')
+        if re.fullmatch(r"[0-9a-f]{32}", tag):
+            take("md5", base64.b64encode(bytes.fromhex(tag)).decode(), "ETag")
+    length = headers.get("content-length", "")
+    return Claim(int(length) if re.fullmatch(r"[0-9]{1,18}", length) else None, digests), defects
+
+
+_DIGEST_BYTES: Final = {"md5": 16, "sha1": 20, "sha256": 32, "crc32": 4, "crc32c": 4}
+
+
+def judge_body(claim: Claim, seen: SeenBody, where: str = "") -> list[Defect]:
+    """Length and digests of one body against what was promised."""
+    defects: list[Defect] = []
+    if claim.length is not None and claim.length != seen.length:
+        defects.append(
+            Defect(Kind.TRANSPORT, f"{seen.length:,} bytes came, Content-Length promised {claim.length:,}", where)
+        )
+    for algorithm, promised in claim.digests.items():
+        computed = seen.digests.get(algorithm)
+        if computed is not None and computed != promised:
+            what = f"{algorithm} is {computed.hex()}, the storage promised {promised.hex()}"
+            defects.append(Defect(Kind.TRANSPORT, what, where))
+    return defects
+
+
+def judge_content(
+    files: Sequence[SeenFile],
+    *,
+    marker_required: bool,
+    weights_expected: bool,
+    optimizer_expected: bool,
+) -> list[Defect]:
+    """Whether whole, safe files are a checkpoint.
+
+    `weights_expected` is off for the directory of a server that keeps facts only; `optimizer_expected` is on when
+    a training checkpoint came by a way that can hand out the sampler of the same name instead.
+    """
+    defects: list[Defect] = []
+    if not files:
+        return [Defect(Kind.STRUCTURE, "no file in it at all")]
+    names = {seen.path.name for seen in files}
+    if marker_required and MARKER not in names:
+        defects.append(Defect(Kind.CONTENT, f"the marker {MARKER} is missing: the checkpoint may be half-saved"))
+    if weights_expected and not any(_WEIGHTS.search(seen.path.name) for seen in files):
+        shown = ", ".join(sorted(names)[:5])
+        defects.append(Defect(Kind.CONTENT, f"unknown layout: no file of weights among {len(files)} ({shown})"))
+    if optimizer_expected and not any(_OPTIMIZER.search(str(seen.path)) for seen in files):
+        what = "no optimizer state: the server gave the sampler checkpoint of the same name"
+        defects.append(Defect(Kind.CONTENT, what))
+    for seen in files:
+        if seen.path.name.endswith(".safetensors"):
+            defects += _judge_safetensors(seen)
+        elif seen.path.name == ADAPTER_CONFIG:
+            defects += _judge_adapter_config(seen)
+    return defects
+
+
+def _judge_adapter_config(seen: SeenFile) -> list[Defect]:
+    where = str(seen.path)
+    if seen.size > len(seen.head):
+        return [Defect(Kind.CONTENT, f"{seen.size:,} bytes are too many for a configuration", where)]
+    try:
+        document = json.loads(seen.head)
+    except (ValueError, RecursionError) as error:
+        return [Defect(Kind.CONTENT, f"does not parse as JSON: {error}", where)]
+    if not isinstance(document, dict):
+        return [Defect(Kind.CONTENT, "is JSON, but not an object", where)]
+    return []
+
+
+def _judge_safetensors(seen: SeenFile) -> list[Defect]:
+    """Header, offsets contiguous and covering, total length, by the format's description.
+
+    Source: https://github.com/huggingface/safetensors#format. Unknown dtypes pass: only their size is not checked.
+    """
+    where = str(seen.path)
+
+    def defect(what: str) -> list[Defect]:
+        return [Defect(Kind.CONTENT, what, where)]
+
+    if seen.size < 8 or len(seen.head) < 8:
+        return defect(f"{seen.size} bytes are too few for safetensors")
+    length = int.from_bytes(seen.head[:8], "little")
+    if length > _SAFETENSORS_HEADER_LIMIT or 8 + length > seen.size:
+        return defect(f"its header claims {length:,} bytes, the file has {seen.size:,}")
+    if length > _EXAMINED_HEADER_LIMIT:
+        return []
+    try:
+        header = json.loads(seen.head[8 : 8 + length])
+    except (ValueError, RecursionError) as error:
+        return defect(f"its header does not parse: {error}")
+    if not isinstance(header, dict):
+        return defect("its header is no object")
+    return [Defect(Kind.CONTENT, what, where) for what in _tensor_faults(header, seen.size - 8 - length)]
+
+
+def _tensor_faults(header: dict[str, Any], data_bytes: int) -> list[str]:
+    spans: list[tuple[int, int, str]] = []
+    faults: list[str] = []
+    for name, tensor in header.items():
+        if name == "__metadata__":
+            continue
+        span = _span(tensor)
+        if span is None:
+            faults.append(f"tensor {name!r} has no valid data_offsets")
+            continue
+        begin, end = span
+        expected = _tensor_bytes(tensor)
+        if expected is not None and expected != end - begin:
+            faults.append(f"tensor {name!r} spans {end - begin:,} bytes, its shape and dtype need {expected:,}")
+        spans.append((begin, end, name))
+    position = 0
+    for begin, end, name in sorted(spans):
+        if begin != position:
+            faults.append(f"tensor {name!r} begins at {begin:,}, the one before it ends at {position:,}")
+            break
+        position = end
+    else:
+        if position != data_bytes and not faults:
+            faults.append(f"its tensors end at {position:,}, its data at {data_bytes:,}: cut or padded")
+    return faults[:10]
+
+
+def _span(tensor: object) -> tuple[int, int] | None:
+    offsets = tensor.get("data_offsets") if isinstance(tensor, dict) else None
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(offset) is int for offset in offsets):
+        return None
+    begin, end = offsets
+    return (begin, end) if 0 <= begin <= end else None
+
+
+def _tensor_bytes(tensor: dict[str, Any]) -> int | None:
+    shape, width = tensor.get("shape"), _DTYPE_BYTES.get(str(tensor.get("dtype")))
+    if width is None or not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
+        return None
+    total = width
+    for dimension in shape:
+        total *= dimension
+    return total
+
+
+def judge_replica(manifest: Manifest, seen: Sequence[SeenFile]) -> list[Defect]:
+    """A replica as it was read back, against its manifest: missing, changed and surplus files."""
+    defects: list[Defect] = []
+    found = {entry.path: entry for entry in seen}
+    for entry in manifest.files:
+        where = str(entry.path)
+        now = found.pop(entry.path, None)
+        if now is None:
+            defects.append(Defect(Kind.CONTENT, "is missing", where))
+        elif now.size != entry.size:
+            what = f"has {now.size:,} bytes, the manifest says {entry.size:,}"
+            defects.append(Defect(Kind.CONTENT, what, where))
+        elif now.sha256 != entry.sha256:
+            defects.append(Defect(Kind.CONTENT, "its SHA-256 is not the manifest's", where))
+    defects += [Defect(Kind.CONTENT, "is not in the manifest", str(path)) for path in sorted(found)]
+    return defects

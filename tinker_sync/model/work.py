@@ -1,0 +1,117 @@
+"""Work and what became of it: plain data, so that it can cross a queue, a process or a network."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from tinker_sync.model.checkpoint import Identity
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+    from tinker_sync.model.evidence import Defect
+    from tinker_sync.model.paths import TinkerPath
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """One checkpoint's way in: which object, and how urgent."""
+
+    path: TinkerPath
+    time: datetime
+    size_bytes: int | None
+    priority: int
+    """Absolute, lower first; made from the deadline by `planning.priority`."""
+    expires_at: datetime | None = None
+
+    @property
+    def identity(self) -> Identity:
+        """The object that is meant."""
+        return Identity(self.path, self.time.replace(microsecond=0), self.size_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Replica:
+    """A committed, verified local copy, as the catalog knows it."""
+
+    path: TinkerPath
+    time: datetime
+    size_bytes: int | None
+    """As the service listed it."""
+    directory: str
+    """Below the root, `/` between encoded components."""
+    total_bytes: int
+    files: int
+    fidelity: str
+    source: str
+    committed_at: datetime
+    verified_at: datetime
+    """When its bytes were last read back, or written."""
+    manifest_sha256: str
+    expires_at: datetime | None = None
+    superseded: bool = False
+    damaged: tuple[str, ...] = ()
+    """What the last look at its bytes found wrong; empty when nothing."""
+
+    @property
+    def identity(self) -> Identity:
+        """Which object upstream this is a copy of."""
+        return Identity(self.path, self.time.replace(microsecond=0), self.size_bytes)
+
+
+class Trouble(Enum):
+    """Why a checkpoint is not here yet."""
+
+    FAILING = "failing"
+    NOT_SERVED = "not-served"
+    QUARANTINED = "quarantined"
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """What is remembered about a checkpoint that could not be had."""
+
+    path: TinkerPath
+    time: datetime
+    size_bytes: int | None
+    trouble: Trouble
+    attempts: int
+    error: str
+    failed_at: datetime
+    retry_at: datetime
+    defects: tuple[str, ...] = ()
+    quarantine: str = ""
+    """Directory below the root that keeps the bytes, for a quarantined one."""
+
+    @property
+    def identity(self) -> Identity:
+        """The object that is meant."""
+        return Identity(self.path, self.time.replace(microsecond=0), self.size_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """What a commit left behind."""
+
+    replica: Replica
+    superseded: tuple[Replica, ...] | None = None
+    """All older versions of the path that are kept, where the commit moved one aside; None where it did not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Skip:
+    """A checkpoint that is not copied, for a stated reason that is no failure."""
+
+    path: TinkerPath
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """A replica whose bytes are not what its manifest says."""
+
+    path: TinkerPath
+    directory: str
+    defects: tuple[Defect, ...] = field(default=())

@@ -1,0 +1,513 @@
+"""The engine: list, plan, transfer. `sync` is the service's loop that stops when the queue is empty.
+
+Polling and transferring are decoupled: a poll re-plans the queue while transfers run. A transfer holds its slot only
+while bytes come; what is being made upstream, or waits for its next attempt, goes back into the queue.
+
+What a failure leads to is decided here, in `_after`: another attempt in this pass, a back-off, a skip, or a pause of
+everything because the whole server is in trouble.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import TYPE_CHECKING, Final, TypeVar
+
+import structlog
+
+from tinker_sync.errors import (
+    BeingMade,
+    CredentialMissing,
+    CredentialRefused,
+    Defective,
+    DiskTrouble,
+    NoSpace,
+    NotFound,
+    NotServed,
+    Overloaded,
+    RequestRefused,
+    ServiceTrouble,
+    TinkerSyncError,
+    TransferFailed,
+)
+from tinker_sync.model.checkpoint import Listing
+from tinker_sync.model.moments import rfc3339
+from tinker_sync.model.work import Failure, Trouble
+from tinker_sync.planning import (
+    NOT_SERVED_RETRY,
+    Selection,
+    TransferPlan,
+    plan_transfers,
+    retry_delay,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from concurrent.futures import Executor
+
+    from tinker_sync.model.checkpoint import Checkpoint, Sighting
+    from tinker_sync.model.paths import TinkerPath
+    from tinker_sync.model.work import Committed, Replica, Transfer
+    from tinker_sync.planning import Known
+    from tinker_sync.ports import Account, Catalog, Clock, Destination, Queue, Reporter
+    from tinker_sync.transfer import Transferrer
+
+T = TypeVar("T")
+log = structlog.get_logger()
+
+ATTEMPTS: Final = 3
+"""Within a pass, for cuts, wrong digests, storage 5xx and expired URLs."""
+BUILD_BUDGET: Final = 900.0
+"""Seconds that a pass waits for an archive that is being made."""
+LARGE: Final = 64_000_000
+"""Bytes; larger transfers share `concurrency` slots, smaller ones only the connections."""
+SERVER_PAUSES: Final = 3
+"""How often `sync` waits for a server in trouble, without any success between, before it gives up."""
+_WEATHER: Final = (CredentialMissing, CredentialRefused)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """Plain arguments of the engine."""
+
+    selection: Selection = field(default_factory=Selection)
+    concurrency: int = 4
+    connections: int = 16
+    poll_interval: float = 60.0
+
+
+@dataclass(slots=True)
+class PassResult:
+    """What one pass did; `as_json` is the contract of `sync --json`."""
+
+    listed: int = 0
+    complete: bool = False
+    doubts: tuple[str, ...] = ()
+    transferred: list[TinkerPath] = field(default_factory=list)
+    failed: dict[TinkerPath, tuple[str, str | None]] = field(default_factory=dict)
+    """Path to (error, when it is tried again)."""
+    skipped: dict[TinkerPath, str] = field(default_factory=dict)
+    deleted: list[TinkerPath] = field(default_factory=list)
+    breaker: Mapping[str, object] | None = None
+    bytes: int = 0
+    seconds: float = 0.0
+    service_error: str | None = None
+
+    @property
+    def exit_code(self) -> int:
+        """0, 1 with failures, 3 when the service failed or nothing could be proven; the highest wins."""
+        if self.service_error is not None or not self.complete:
+            return 3
+        return 1 if self.failed else 0
+
+    def as_json(self) -> dict[str, object]:
+        """Stable keys."""
+        return {
+            "listed": self.listed,
+            "complete": self.complete,
+            "doubts": list(self.doubts),
+            "transferred": [str(path) for path in self.transferred],
+            "failed": [
+                {"tinker_path": str(path), "error": error, "retry_at": retry_at}
+                for path, (error, retry_at) in sorted(self.failed.items())
+            ],
+            "skipped": [{"tinker_path": str(path), "reason": why} for path, why in sorted(self.skipped.items())],
+            "deleted": [str(path) for path in self.deleted],
+            "breaker": self.breaker,
+            "bytes": self.bytes,
+            "seconds": round(self.seconds, 3),
+            "service_error": self.service_error,
+        }
+
+
+@dataclass(slots=True)
+class _Effort:
+    """What a transfer has cost in this pass so far."""
+
+    attempts: int = 0
+    building_since: float | None = None
+    building_waits: int = 0
+
+
+class Mirror:
+    """One engine for one account and one root."""
+
+    def __init__(
+        self,
+        *,
+        account: Account,
+        transferrer: Transferrer,
+        destination: Destination,
+        catalog: Catalog,
+        queue: Queue,
+        clock: Clock,
+        reporter: Reporter,
+        indexer: Executor,
+        settings: EngineSettings,
+        jitter: Callable[[], float] = random.random,
+    ) -> None:
+        self._account = account
+        self._transferrer = transferrer
+        self._destination = destination
+        self._catalog = catalog
+        self._queue = queue
+        self._clock = clock
+        self._reporter = reporter
+        self._indexer = indexer
+        self._settings = settings
+        self._jitter = jitter
+        self._rows: dict[TinkerPath, Checkpoint] = {}
+        self._repairs: dict[TinkerPath, Replica] = {}
+        self._failures: dict[TinkerPath, Failure] = {}
+        self._efforts: dict[TinkerPath, _Effort] = {}
+        self._running: dict[TinkerPath, Transfer] = {}
+        self._changed = asyncio.Event()
+        self._full = False
+        self._pauses = 0
+        self._rate: float | None = None
+        self.result = PassResult()
+
+    async def sync(self) -> PassResult:
+        """One pass: list, then transfer until the queue is empty, polling on while that lasts.
+
+        Raises ServiceTrouble when the account cannot be listed at all, TinkerSyncError for what a person must fix.
+        """
+        begun = self._clock.monotonic()
+        await self._poll()
+        try:
+            async with asyncio.TaskGroup() as group:
+                polling = group.create_task(self._poll_on())
+                await self._work()
+                polling.cancel()
+        except BaseExceptionGroup as several:
+            raise several.exceptions[0] from None
+        finally:
+            self.result.seconds = self._clock.monotonic() - begun
+            await self._save_pass()
+        return self.result
+
+    async def fetch(self, paths: Sequence[TinkerPath]) -> PassResult:
+        """Transfer exactly these now, whatever selection and back-off say.
+
+        Raises ServiceTrouble.
+        """
+        begun = self._clock.monotonic()
+        known = await self._index(self._catalog.known)
+        for run_id in dict.fromkeys(path.run_id for path in paths):
+            with suppress(RequestRefused):
+                self._rows |= {row.path: row for row in await self._account.look(run_id)}
+        wanted: list[Checkpoint] = []
+        for path in dict.fromkeys(paths):
+            row = self._rows.get(path)
+            replica = known.replicas.get(path)
+            if row is None:
+                self.result.failed[path] = ("the service does not list it: gone, or misspelt", None)
+            elif replica is not None and replica.identity.matches(row.identity) and not replica.damaged:
+                self.result.skipped[path] = "already here"
+            else:
+                wanted.append(row)
+                self._note_repair(path, known)
+        self.result.listed, self.result.complete = len(wanted), True
+        plan = plan_transfers(
+            wanted,
+            type(known)(replicas=known.replicas),
+            Selection(short_ttl=timedelta(0)),
+            now=self._clock.now(),
+        )
+        self.result.skipped |= {skip.path: skip.reason for skip in plan.skipped}
+        self._queue.offer(plan.transfers)
+        self._reporter.planned(len(plan.transfers), plan.bytes_to_transfer)
+        await self._work()
+        self.result.seconds = self._clock.monotonic() - begun
+        return self.result
+
+    # Polling
+
+    async def _poll_on(self) -> None:
+        """Poll at the interval while transfers run; trouble there is no news: what is queued goes on."""
+        while True:
+            await self._clock.sleep(self._settings.poll_interval)
+            try:
+                await self._poll()
+            except ServiceTrouble as error:
+                log.warning("poll.failed", error=str(error))
+            self._changed.set()
+
+    async def _poll(self) -> None:
+        found = await self._account.list()
+        now = self._clock.now()
+        complete = isinstance(found, Listing)
+        await self._index(lambda: self._catalog.observe(found.checkpoints, found.seen_at, complete=complete))
+        known = await self._index(self._catalog.known)
+        self._note_listing(found)
+        plan = plan_transfers(found.checkpoints, known, self._settings.selection, now=now, bytes_per_second=self._rate)
+        self._rows = {checkpoint.path: checkpoint for checkpoint in found.checkpoints}
+        self._failures = dict(known.failures)
+        for transfer in plan.transfers:
+            self._note_repair(transfer.path, known)
+        self._note_plan(plan)
+        fresh = [transfer for transfer in plan.transfers if transfer.path not in self.result.failed]
+        self._queue.offer(fresh)
+        self._reporter.planned(len(self._queue.pending()), sum(t.size_bytes or 0 for t in self._queue.pending()))
+
+    def _note_listing(self, found: Listing | Sighting) -> None:
+        self.result.listed = len(found.checkpoints)
+        self.result.complete = isinstance(found, Listing)
+        self.result.doubts = () if isinstance(found, Listing) else found.doubts
+        for doubt in self.result.doubts:
+            log.warning("listing.unproven", doubt=doubt)
+
+    def _note_plan(self, plan: TransferPlan) -> None:
+        for skip in plan.skipped:
+            self.result.skipped.setdefault(skip.path, skip.reason)
+        for failure in plan.waiting:
+            self.result.failed.setdefault(failure.path, (failure.error, rfc3339(failure.retry_at)))
+
+    def _note_repair(self, path: TinkerPath, known: Known) -> None:
+        replica = known.replicas.get(path)
+        if replica is not None and replica.damaged:
+            self._repairs[path] = replica
+
+    # Transferring
+
+    async def _work(self) -> None:
+        """Run transfers until nothing waits and nothing runs."""
+        async with asyncio.TaskGroup() as group:
+            while True:
+                self._changed.clear()
+                while len(self._running) < self._settings.connections:
+                    transfer = self._queue.claim(self._may_start)
+                    if transfer is None:
+                        break
+                    if not await self._refused_beforehand(transfer):
+                        self._running[transfer.path] = transfer
+                        group.create_task(self._run(transfer))
+                if not self._running and not self._queue.pending():
+                    return
+                await self._wait_for_change()
+
+    def _may_start(self, transfer: Transfer) -> bool:
+        """Large transfers share `concurrency` slots; an unknown size counts as small until it is known."""
+        if (transfer.size_bytes or 0) <= LARGE:
+            return True
+        large = sum(1 for running in self._running.values() if (running.size_bytes or 0) > LARGE)
+        return large < self._settings.concurrency
+
+    async def _wait_for_change(self) -> None:
+        due = self._queue.next_ready_in()
+        waiting = asyncio.ensure_future(self._changed.wait())
+        waking = asyncio.ensure_future(self._clock.sleep(3600.0 if due is None else due + 0.01))
+        try:
+            await asyncio.wait([waiting, waking], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            waiting.cancel()
+            waking.cancel()
+
+    async def _refused_beforehand(self, transfer: Transfer) -> bool:
+        """Whether there is no point in even asking: no room, or a server that hands out nothing."""
+        if self._full and not (transfer.size_bytes is not None and self._destination.room_for(transfer.size_bytes)):
+            self._queue.done(transfer)
+            await self._fail(transfer, NoSpace("no space: the disk is full below [mirror] min_free"))
+            return True
+        if transfer.path.checkpoint_type == "external":
+            return False
+        served = await self._index(self._catalog.served)
+        if served.server_refuses(self._clock.now()):
+            self._queue.done(transfer)
+            reason = "this server hands out no archives (asked again every 6 hours)"
+            self.result.skipped[transfer.path] = reason
+            return True
+        return False
+
+    async def _run(self, transfer: Transfer) -> None:
+        row = self._rows.get(transfer.path)
+        effort = self._efforts.setdefault(transfer.path, _Effort())
+        begun = self._clock.monotonic()
+        try:
+            if row is None or not row.identity.matches(transfer.identity):
+                self._queue.done(transfer)
+                return
+            repairs = self._repairs.get(transfer.path)
+            committed = await self._transferrer.transfer(transfer, row, repairs=repairs)
+        except TinkerSyncError as error:
+            await self._after(transfer, effort, error)
+        except BaseException:
+            self._queue.done(transfer)
+            raise
+        else:
+            self._queue.done(transfer)
+            await self._succeeded(transfer, committed, self._clock.monotonic() - begun)
+        finally:
+            self._running.pop(transfer.path, None)
+            self._changed.set()
+
+    async def _succeeded(self, transfer: Transfer, committed: Committed, seconds: float) -> None:
+        replica = committed.replica
+        self._pauses = 0
+        self._efforts.pop(transfer.path, None)
+        self._repairs.pop(transfer.path, None)
+        self.result.failed.pop(transfer.path, None)
+        self.result.skipped.pop(transfer.path, None)
+        self.result.transferred.append(transfer.path)
+        self.result.bytes += replica.total_bytes
+        if seconds > 0 and replica.total_bytes > 1_000_000:
+            rate = replica.total_bytes / seconds
+            self._rate = rate if self._rate is None else 0.7 * self._rate + 0.3 * rate
+        if replica.source == "archive":
+            served = await self._index(self._catalog.served)
+            if served.refused or served.last_success is None:
+                served.add_success(self._clock.now())
+                await self._index(lambda: self._catalog.save_served(served))
+        log.info(
+            "transfer.committed",
+            checkpoint=str(transfer.path),
+            bytes=replica.total_bytes,
+            files=replica.files,
+            seconds=round(seconds, 2),
+        )
+
+    async def _after(self, transfer: Transfer, effort: _Effort, error: TinkerSyncError) -> None:
+        """Sort a failure by what follows from it."""
+        if isinstance(error, BeingMade):
+            await self._wait_until_made(transfer, effort, error)
+        elif (isinstance(error, ServiceTrouble) and not isinstance(error, Overloaded)) or (
+            isinstance(error, Overloaded) and error.status == 429
+        ):
+            await self._server_in_trouble(transfer, error)
+        elif isinstance(error, NotServed | NotFound):
+            self._queue.done(transfer)
+            await self._not_served(transfer, error)
+        else:
+            effort.attempts += 1
+            if isinstance(error, NoSpace):
+                self._full = True
+            elif isinstance(error, TransferFailed) and error.again_now and effort.attempts < ATTEMPTS:
+                delay = min(10.0, 1.0 * 3 ** (effort.attempts - 1) * (1 + self._jitter() / 2))
+                log.info("transfer.again", checkpoint=str(transfer.path), attempt=effort.attempts, error=str(error))
+                self._queue.defer(transfer, delay)
+                return
+            self._queue.done(transfer)
+            await self._fail(transfer, error)
+
+    async def _wait_until_made(self, transfer: Transfer, effort: _Effort, error: BeingMade) -> None:
+        """An archive is being made: ask again, without a slot, within the budget."""
+        now = self._clock.monotonic()
+        if effort.building_since is None:
+            effort.building_since = now
+            log.info("transfer.being_made", checkpoint=str(transfer.path))
+        if now - effort.building_since >= BUILD_BUDGET:
+            self._queue.done(transfer)
+            effort.building_since = None
+            message = f"the server was still packing it after {BUILD_BUDGET / 60:.0f} minutes"
+            await self._fail(transfer, RequestRefused(message, status=error.status))
+            return
+        delay = error.retry_after if error.retry_after is not None else min(30.0, 1.0 * 2**effort.building_waits)
+        effort.building_waits += 1
+        self._queue.defer(transfer, delay)
+
+    async def _server_in_trouble(self, transfer: Transfer, error: ServiceTrouble) -> None:
+        """No fault of this checkpoint: it goes back, and after a few pauses without success the pass ends."""
+        self._pauses += 1
+        log.warning("service.trouble", error=str(error))
+        if self._pauses <= SERVER_PAUSES and not isinstance(error, _WEATHER):
+            self._queue.defer(transfer, error.retry_after or min(30.0, 2.0 * 2**self._pauses))
+            return
+        self.result.service_error = str(error)
+        self._queue.done(transfer)
+        for waiting in (transfer, *self._queue.pending()):
+            self.result.failed[waiting.path] = (str(error), None)
+        self._queue.offer(())
+        while (deferred := self._queue.claim(lambda _: True)) is not None:
+            self._queue.done(deferred)
+
+    async def _not_served(self, transfer: Transfer, error: RequestRefused) -> None:
+        """404, 405, 410, 501: gone meanwhile, or never to be had from this server."""
+        path, now = transfer.path, self._clock.now()
+        if isinstance(error, NotFound) and await self._is_gone(transfer):
+            self.result.skipped[path] = "gone upstream while the pass ran"
+            return
+        reason = f"not served by this server ({error.status}), asked again in 24 h"
+        await self._index(
+            lambda: self._catalog.add_failure(
+                Failure(
+                    path=path,
+                    time=transfer.time,
+                    size_bytes=transfer.size_bytes,
+                    trouble=Trouble.NOT_SERVED,
+                    attempts=1,
+                    error=reason,
+                    failed_at=now,
+                    retry_at=now + NOT_SERVED_RETRY,
+                )
+            )
+        )
+        served = await self._index(self._catalog.served)
+        served.add_refusal(path, now)
+        await self._index(lambda: self._catalog.save_served(served))
+        self.result.skipped[path] = reason
+        log.warning("transfer.not_served", checkpoint=str(path), status=error.status)
+
+    async def _is_gone(self, transfer: Transfer) -> bool:
+        try:
+            rows = await self._account.look(transfer.path.run_id)
+        except NotFound:
+            return True
+        except TinkerSyncError:
+            return False
+        return all(row.path != transfer.path for row in rows)
+
+    async def _fail(self, transfer: Transfer, error: TinkerSyncError) -> None:
+        """Remember it, with the time to try again."""
+        now = self._clock.now()
+        before = self._failures.get(transfer.path)
+        known_before = before is not None and before.identity.matches(transfer.identity)
+        attempts = before.attempts + 1 if before is not None and known_before else 1
+        if isinstance(error, NoSpace | DiskTrouble):
+            attempts = 1
+        delay = retry_delay(attempts, expires_at=transfer.expires_at, now=now, jitter=self._jitter())
+        defects = tuple(str(defect) for defect in error.defects) if isinstance(error, Defective) else ()
+        quarantine = error.quarantine if isinstance(error, Defective) else ""
+        failure = Failure(
+            path=transfer.path,
+            time=transfer.time,
+            size_bytes=transfer.size_bytes,
+            trouble=Trouble.QUARANTINED if quarantine else Trouble.FAILING,
+            attempts=attempts,
+            error=f"quarantined: {error}" if quarantine else str(error),
+            failed_at=now,
+            retry_at=now + delay,
+            defects=defects,
+            quarantine=quarantine,
+        )
+        self._failures[transfer.path] = failure
+        self._efforts.pop(transfer.path, None)
+        await self._index(lambda: self._catalog.add_failure(failure))
+        self.result.failed[transfer.path] = (failure.error, rfc3339(failure.retry_at))
+        log.error(
+            "transfer.failed",
+            checkpoint=str(transfer.path),
+            error=failure.error,
+            retry_at=rfc3339(failure.retry_at),
+        )
+
+    async def _save_pass(self) -> None:
+        result = self.result
+        summary = {
+            "at": rfc3339(self._clock.now()),
+            "listed": result.listed,
+            "complete": result.complete,
+            "transferred": len(result.transferred),
+            "failed": len(result.failed),
+            "skipped": len(result.skipped),
+            "bytes": result.bytes,
+            "seconds": round(result.seconds, 3),
+            "service_error": result.service_error,
+        }
+        with suppress(TinkerSyncError):
+            await self._index(lambda: self._catalog.save_pass(summary))
+
+    async def _index(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._indexer, work)

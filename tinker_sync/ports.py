@@ -1,0 +1,350 @@
+"""Every seam between what is decided and what is done, on one page.
+
+Flow (`passes`, `transfer`, `scrub`) is written against these; adapters implement them; `wiring` connects the two.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+    from contextlib import AbstractAsyncContextManager
+    from datetime import datetime
+
+    from tinker_sync.model.checkpoint import Checkpoint, Identity, Listing, RunFacts, Sighting
+    from tinker_sync.model.evidence import Claim, Defect, SeenFile
+    from tinker_sync.model.manifest import Manifest
+    from tinker_sync.model.paths import PayloadPath, SignedUrl, TinkerPath
+    from tinker_sync.model.work import Committed, Damage, Failure, Replica, Transfer
+    from tinker_sync.planning import Known, ServedRecord
+
+T = TypeVar("T")
+
+
+class Clock(Protocol):
+    """Now, and waiting. Tests bring their own."""
+
+    def now(self) -> datetime:
+        """Aware UTC."""
+        ...
+
+    def monotonic(self) -> float:
+        """Seconds that never go back."""
+        ...
+
+    async def sleep(self, seconds: float) -> None:
+        """Wait; cancellation passes."""
+        ...
+
+
+# The service
+
+
+class Account(Protocol):
+    """The service as the mirror sees it."""
+
+    async def list(self) -> Listing | Sighting:
+        """Everything that the account shows. Raises ServiceTrouble when not even one page could be read."""
+        ...
+
+    async def look(self, run_id: str) -> tuple[Checkpoint, ...]:
+        """What one run shows now. Raises ServiceTrouble, RequestRefused."""
+        ...
+
+    async def facts(self, path: TinkerPath) -> RunFacts:
+        """What a restore needs and upstream forgets. What cannot be had is None, never an error."""
+        ...
+
+
+class Signed(Protocol):
+    """An archive that can be fetched: a URL, or a body that came at once."""
+
+    @property
+    def url(self) -> SignedUrl | None:
+        """None when the body came at once."""
+        ...
+
+    @property
+    def body(self) -> Body | None:
+        """The bytes, where the server sends them without a URL."""
+        ...
+
+    @property
+    def by_bare_id(self) -> bool:
+        """Whether it was served only under the bare id, which can bring the other type."""
+        ...
+
+
+class FileUrls(Protocol):
+    """The signed URLs of an external checkpoint."""
+
+    @property
+    def urls(self) -> Mapping[str, SignedUrl]:
+        """Path below the checkpoint's root, untrusted, to URL."""
+        ...
+
+    @property
+    def expires(self) -> datetime | None:
+        """When they end, where the server says so."""
+        ...
+
+
+class Signer(Protocol):
+    """Turns a checkpoint's path into something that can be fetched; all that `acquire` knows of the API."""
+
+    def archive(self, path: TinkerPath, listed_id: str) -> AbstractAsyncContextManager[Signed]:
+        """Sign the archive. Raises BeingMade, NotServed, NotFound, ServiceTrouble."""
+        ...
+
+    async def files(self, path: TinkerPath) -> FileUrls:
+        """Sign every file of an external checkpoint. Raises the same."""
+        ...
+
+
+# Bytes on their way
+
+
+class Body(Protocol):
+    """One response body, raw."""
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """Names in lower case."""
+        ...
+
+    @property
+    def ends_itself(self) -> bool:
+        """Whether its end is proven by a length or by chunking."""
+        ...
+
+    def chunks(self) -> AsyncIterator[bytes]:
+        """The bytes. Raises StorageTrouble when they stop early or stall."""
+        ...
+
+
+class Storage(Protocol):
+    """Where signed URLs lead; never sees the credential."""
+
+    def open(self, url: SignedUrl) -> AbstractAsyncContextManager[Body]:
+        """Start one GET. Raises StorageTrouble, NotTransferable."""
+        ...
+
+
+class Intake(Protocol):
+    """Where an acquirer puts files: a stage, and the thread that writes to it."""
+
+    async def begin(self, expected_bytes: int | None) -> Stage:
+        """Open the stage once the size is known. Raises NoSpace, DiskTrouble."""
+        ...
+
+    async def run(self, work: Callable[[], T]) -> T:
+        """Run blocking work in the writing thread; when cancelled, the work is awaited before cancellation passes."""
+        ...
+
+    def advanced(self, received: int) -> None:
+        """So many more bytes came."""
+        ...
+
+
+class Acquired(Protocol):
+    """What came into the stage, and every defect that was seen on the way."""
+
+    @property
+    def files(self) -> Sequence[SeenFile]:
+        """The payload."""
+        ...
+
+    @property
+    def defects(self) -> Sequence[Defect]:
+        """Of transport and structure."""
+        ...
+
+    @property
+    def claims(self) -> Mapping[str, Claim]:
+        """What the storage promised, by body (`archive`, or the payload path)."""
+        ...
+
+    @property
+    def source(self) -> str:
+        """`archive`, `files` or `directory`."""
+        ...
+
+    @property
+    def by_bare_id(self) -> bool:
+        """Whether it can be the other type's."""
+        ...
+
+
+class Acquirer(Protocol):
+    """One way to bring a checkpoint's bytes into a stage."""
+
+    async def acquire(self, transfer: Transfer, listed_id: str, intake: Intake) -> Acquired:
+        """Fetch once. Raises TransferFailed, BeingMade, NotServed, NotFound, ServiceTrouble."""
+        ...
+
+
+# The local side; blocking, used from worker threads
+
+
+class FileWriter(Protocol):
+    """One payload file being written."""
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append. Raises NoSpace, DiskTrouble."""
+        ...
+
+    def close(self) -> SeenFile:
+        """Flush to the device, and say what went by. Raises NoSpace, DiskTrouble."""
+        ...
+
+
+class Stage(Protocol):
+    """The private place where a replica is put together."""
+
+    def write(self, path: PayloadPath, size: int | None = None) -> FileWriter:
+        """Start a file. Raises NoSpace, DiskTrouble."""
+        ...
+
+    def make_directory(self, path: PayloadPath) -> None:
+        """Make an empty directory, for archives that have one. Raises NoSpace, DiskTrouble."""
+        ...
+
+    def commit(self, manifest: Manifest, *, strip: str | None = None, repairs: bool = False) -> Committed:
+        """Make it durable under its final name, manifest last, create-only.
+
+        `strip` names a top-level directory to drop. `repairs` lets it take the name of a damaged replica with the
+        same manifest. Raises NoSpace, DiskTrouble.
+        """
+        ...
+
+    def quarantine(self, identity: Identity, defects: Sequence[Defect]) -> str:
+        """Keep the bytes with their defects, apart. Returns the directory below the root."""
+        ...
+
+    def abort(self) -> None:
+        """Remove it. Never raises."""
+        ...
+
+
+class Destination(Protocol):
+    """The local tree."""
+
+    def open_stage(self, path: TinkerPath, expected_bytes: int | None) -> Stage:
+        """Reserve space and make a stage. Raises NoSpace, DiskTrouble."""
+        ...
+
+    def room_for(self, size: int) -> bool:
+        """Whether that many more bytes would fit now."""
+        ...
+
+    def manifest(self, directory: str) -> Manifest:
+        """A replica's manifest, unproven. Raises OSError, ManifestInvalid."""
+        ...
+
+    def read(self, directory: str, advanced: Callable[[int], None] = ...) -> tuple[Manifest, list[Defect]]:
+        """Read a replica back: its manifest, and every defect. Raises FileNotFoundError, ManifestInvalid."""
+        ...
+
+    def list(self) -> Iterator[Replica | Damage]:
+        """Every replica in the tree, from the manifests."""
+        ...
+
+    def record_run(self, run_id: str, facts: Mapping[str, object]) -> None:
+        """Write `run.json`. Raises NoSpace, DiskTrouble."""
+        ...
+
+
+class Catalog(Protocol):
+    """The index."""
+
+    def known(self) -> Known:
+        """All that planning needs, read once."""
+        ...
+
+    def observe(self, checkpoints: Sequence[Checkpoint], seen_at: datetime, *, complete: bool) -> None:
+        """Record what was shown; with `complete`, also what is gone. Writes only differences."""
+        ...
+
+    def add_replica(self, replica: Replica) -> None:
+        """A replica is there; forgets its failures."""
+        ...
+
+    def replace_superseded(self, path: TinkerPath, replicas: Sequence[Replica]) -> None:
+        """The superseded versions of a path are exactly these."""
+        ...
+
+    def mark_verified(self, directory: str, verified_at: datetime, damaged: Sequence[str]) -> None:
+        """The outcome of a look at the bytes."""
+        ...
+
+    def add_failure(self, failure: Failure) -> None:
+        """A transfer failed."""
+        ...
+
+    def forget_failures(self, paths: Iterable[TinkerPath]) -> None:
+        """They are gone upstream, or here now."""
+        ...
+
+    def served(self) -> ServedRecord:
+        """What was learnt about whether this server hands out archives."""
+        ...
+
+    def save_served(self, record: ServedRecord) -> None:
+        """Keep it."""
+        ...
+
+    def save_pass(self, summary: Mapping[str, object]) -> None:
+        """Keep the summary of the last pass, for `status`."""
+        ...
+
+
+# Between planning and doing
+
+
+class Queue(Protocol):
+    """Work to do, most urgent first. In memory today; a transfer is plain data, so that it can be a table."""
+
+    def offer(self, transfers: Sequence[Transfer]) -> None:
+        """What is to be done now; replaces what waited, leaves what was claimed or deferred."""
+        ...
+
+    def claim(self, accept: Callable[[Transfer], bool]) -> Transfer | None:
+        """The most urgent one that is ready and accepted."""
+        ...
+
+    def defer(self, transfer: Transfer, seconds: float) -> None:
+        """A claimed one goes back, ready after so many seconds."""
+        ...
+
+    def done(self, transfer: Transfer) -> None:
+        """A claimed one is over, whatever became of it."""
+        ...
+
+    def pending(self) -> tuple[Transfer, ...]:
+        """Everything that waits, deferred ones too."""
+        ...
+
+    def next_ready_in(self) -> float | None:
+        """Seconds until the next deferred one is ready; None when there is none."""
+        ...
+
+
+class Reporter(Protocol):
+    """Hears what goes on, for progress bars and metrics. Must not fail and must not wait."""
+
+    def planned(self, transfers: int, total_bytes: int) -> None:
+        """A plan was made: what is still to come."""
+        ...
+
+    def started(self, transfer: Transfer, expected_bytes: int | None) -> None:
+        """A stage was opened."""
+        ...
+
+    def advanced(self, transfer: Transfer, received: int) -> None:
+        """So many more bytes came."""
+        ...
+
+    def ended(self, transfer: Transfer, error: str | None) -> None:
+        """It is done, or this attempt failed."""
+        ...

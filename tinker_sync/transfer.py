@@ -1,0 +1,219 @@
+"""One checkpoint's way in, one attempt: acquire into a stage, judge, commit or quarantine, record.
+
+It does not decide about another attempt (`passes` does), and it never touches what is already there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
+
+from tinker_sync.errors import Defective, NotFound, NotServed, TinkerSyncError
+from tinker_sync.integrity import judge_content
+from tinker_sync.model.evidence import Defect, Kind
+from tinker_sync.model.manifest import FileEntry, Manifest, ManifestInvalid
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from concurrent.futures import Executor
+
+    from tinker_sync.model.checkpoint import Checkpoint, RunFacts
+    from tinker_sync.model.evidence import SeenFile
+    from tinker_sync.model.work import Committed, Replica, Transfer
+    from tinker_sync.ports import Account, Acquired, Acquirer, Catalog, Clock, Destination, Reporter, Stage
+
+T = TypeVar("T")
+
+
+class Transferrer:
+    """Copies single checkpoints."""
+
+    def __init__(
+        self,
+        *,
+        account: Account,
+        archive: Acquirer,
+        files: Acquirer,
+        destination: Destination,
+        catalog: Catalog,
+        clock: Clock,
+        reporter: Reporter,
+        writers: Executor,
+        indexer: Executor,
+        marker_required: bool,
+        tool_version: str,
+    ) -> None:
+        self._account = account
+        self._archive = archive
+        self._files = files
+        self._destination = destination
+        self._catalog = catalog
+        self._clock = clock
+        self._reporter = reporter
+        self._writers = writers
+        self._indexer = indexer
+        self._marker_required = marker_required
+        self._tool_version = tool_version
+
+    async def transfer(
+        self, transfer: Transfer, checkpoint: Checkpoint, *, repairs: Replica | None = None
+    ) -> Committed:
+        """Make one attempt.
+
+        `repairs` is the damaged replica whose place the bytes are to take; only bytes equal to its manifest may,
+        where it still has a readable one. Raises TransferFailed, RequestRefused, ServiceTrouble; nothing is left
+        behind then.
+        """
+        intake = _Intake(self._destination, transfer, self._reporter, self._writers)
+        facts = asyncio.create_task(self._account.facts(transfer.path))
+        try:
+            acquired = await self._acquire(transfer, checkpoint.listed_id, intake)
+            if acquired.defects:
+                raise Defective(acquired.defects)
+            committed = await self._finish(checkpoint, acquired, intake, await facts, repairs)
+        except TinkerSyncError as error:
+            self._reporter.ended(transfer, str(error))
+            raise
+        except asyncio.CancelledError:
+            self._reporter.ended(transfer, "stopped")
+            raise
+        else:
+            self._reporter.ended(transfer, None)
+            return committed
+        finally:
+            facts.cancel()
+            with suppress(asyncio.CancelledError, TinkerSyncError):
+                await facts
+            await intake.clean()
+
+    async def _acquire(self, transfer: Transfer, listed_id: str, intake: _Intake) -> Acquired:
+        """External checkpoints come file by file where the server can, everything else as an archive."""
+        if transfer.path.checkpoint_type == "external":
+            with suppress(NotServed, NotFound):
+                return await self._files.acquire(transfer, listed_id, intake)
+        return await self._archive.acquire(transfer, listed_id, intake)
+
+    async def _finish(
+        self,
+        checkpoint: Checkpoint,
+        acquired: Acquired,
+        intake: _Intake,
+        facts: RunFacts,
+        repairs: Replica | None,
+    ) -> Committed:
+        files, strip = _without_top_directory(acquired.files, checkpoint.path.name)
+        defects = judge_content(
+            files,
+            marker_required=self._marker_required and acquired.source == "archive",
+            weights_expected=acquired.source != "directory",
+            optimizer_expected=acquired.by_bare_id and checkpoint.checkpoint_type == "training",
+        )
+        stage = intake.stage
+        if any(defect.kind is not Kind.CONTENT for defect in defects) or stage is None:
+            raise Defective(defects)
+        manifest = self._manifest(checkpoint, acquired, files, facts)
+        if repairs is not None:
+            manifest = await intake.run(partial(self._must_equal, repairs, manifest))
+        elif defects:
+            kept = await intake.run(partial(stage.quarantine, checkpoint.identity, defects))
+            raise Defective(defects, quarantine=kept)
+        committed = await intake.run(partial(stage.commit, manifest, strip=strip, repairs=repairs is not None))
+        await self._record(committed, facts, intake)
+        return committed
+
+    def _must_equal(self, damaged: Replica, fetched: Manifest) -> Manifest:
+        """The damaged replica's own manifest, if the fetched payload is what it says. Raises Defective."""
+        try:
+            expected = self._destination.manifest(damaged.directory)
+        except (OSError, ManifestInvalid):
+            return fetched
+        if not expected.same_payload(fetched):
+            what = "what upstream serves now is not what the manifest says: it does not repair this replica"
+            raise Defective([Defect(Kind.STRUCTURE, what)])
+        return expected
+
+    async def _record(self, committed: Committed, facts: RunFacts, intake: _Intake) -> None:
+        """The catalog is an index: the replica is there whatever becomes of this."""
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._indexer, self._catalog.add_replica, committed.replica)
+        if committed.superseded is not None:
+            path = committed.replica.path
+            await loop.run_in_executor(self._indexer, self._catalog.replace_superseded, path, committed.superseded)
+        if facts.training_run is not None:
+            run_id = committed.replica.path.run_id
+            await intake.run(partial(self._destination.record_run, run_id, facts.training_run))
+
+    def _manifest(
+        self, checkpoint: Checkpoint, acquired: Acquired, files: Sequence[SeenFile], facts: RunFacts
+    ) -> Manifest:
+        return Manifest(
+            tinker_path=checkpoint.path,
+            checkpoint_type=checkpoint.checkpoint_type,
+            time=checkpoint.time,
+            files=tuple(FileEntry(seen.path, seen.size, seen.sha256) for seen in files),
+            source=acquired.source,
+            fidelity="exact",
+            committed_at=self._clock.now(),
+            tool_version=self._tool_version,
+            size_bytes=checkpoint.size_bytes,
+            expires_at=checkpoint.expires_at,
+            public=checkpoint.public,
+            user_metadata=checkpoint.user_metadata,
+            training_run=facts.training_run,
+            weights_info=facts.weights_info,
+            claims={body: claim.as_json() for body, claim in acquired.claims.items() if claim.as_json()},
+        )
+
+
+class _Intake:
+    """A `ports.Intake`: the stage of one attempt, and work in the writing threads that is never left running."""
+
+    def __init__(self, destination: Destination, transfer: Transfer, reporter: Reporter, writers: Executor) -> None:
+        self._destination = destination
+        self._transfer = transfer
+        self._reporter = reporter
+        self._writers = writers
+        self.stage: Stage | None = None
+
+    async def begin(self, expected_bytes: int | None) -> Stage:
+        self.stage = await self.run(partial(self._destination.open_stage, self._transfer.path, expected_bytes))
+        self._reporter.started(self._transfer, expected_bytes)
+        return self.stage
+
+    async def run(self, work: Callable[[], T]) -> T:
+        future = asyncio.get_running_loop().run_in_executor(self._writers, work)
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            # A thread cannot be cancelled: what it does now is bounded, and nobody may clean up under it.
+            await asyncio.wait([future])
+            if not future.cancelled() and future.exception() is None:
+                self._keep_stage(future.result())
+            raise
+
+    def _keep_stage(self, result: object) -> None:
+        """A stage that was opened while the cancellation came must be removed like any other."""
+        if self.stage is None and hasattr(result, "abort"):
+            self.stage = result  # type: ignore[assignment]
+
+    def advanced(self, received: int) -> None:
+        self._reporter.advanced(self._transfer, received)
+
+    async def clean(self) -> None:
+        """Remove what was not committed; harmless after a commit."""
+        if self.stage is not None:
+            await self.run(self.stage.abort)
+            self.stage = None
+
+
+def _without_top_directory(files: Sequence[SeenFile], name: str) -> tuple[list[SeenFile], str | None]:
+    """Drop a single top-level directory that is named exactly like the checkpoint.
+
+    (A top-level `./` is gone already: payload paths have no `.`.)
+    """
+    if not files or not all(len(seen.path.parts) > 1 and seen.path.parts[0] == name for seen in files):
+        return list(files), None
+    stripped = [type(seen)(seen.path.below(name), seen.size, seen.sha256, seen.head) for seen in files]
+    return stripped, name

@@ -1,0 +1,302 @@
+"""The one place where everything is put together; settings end here as plain arguments."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+from urllib.parse import urlsplit
+
+import structlog
+
+from tinker_sync import __version__
+from tinker_sync.acquire.archive import ArchiveSource
+from tinker_sync.acquire.directory import DirectorySource
+from tinker_sync.acquire.files import FilesSource
+from tinker_sync.api.account import TinkerAccount, TinkerSigner
+from tinker_sync.api.client import SDK_VERSION, RestClient, access_headers
+from tinker_sync.api.credentials import Credentials, CredentialSources
+from tinker_sync.api.listing import AccountLister
+from tinker_sync.catalog.store import CatalogUnusable, SqlCatalog, remove_catalog
+from tinker_sync.destination.files import make_directories
+from tinker_sync.destination.local import LocalTree, TreeOptions
+from tinker_sync.destination.lock import RootLock
+from tinker_sync.destination.mounts import is_network
+from tinker_sync.destination.root import RootFacts, prepare_root, read_facts
+from tinker_sync.destination.space import SpaceLedger
+from tinker_sync.errors import WrongRoot
+from tinker_sync.model.work import Damage, Replica
+from tinker_sync.passes import EngineSettings, Mirror
+from tinker_sync.planning import Selection
+from tinker_sync.queue import MemoryQueue
+from tinker_sync.scrub import Scrubber
+from tinker_sync.transfer import Transferrer
+from tinker_sync.transport import ApiTransport, StorageTransport
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+    from tinker_sync.config import Settings
+    from tinker_sync.ports import Reporter
+
+log = structlog.get_logger()
+USER_AGENT: Final = f"tinker-sync/{__version__}"
+CATALOG_FILE: Final = "catalog.db"
+LOCK_FILE: Final = "lock"
+
+
+class SystemClock:
+    """A `ports.Clock`: the real one."""
+
+    def now(self) -> datetime:
+        """Aware UTC."""
+        return datetime.now(UTC)
+
+    def monotonic(self) -> float:
+        """Seconds that never go back."""
+        return time.monotonic()
+
+    async def sleep(self, seconds: float) -> None:
+        """Wait."""
+        await asyncio.sleep(seconds)
+
+
+class Silent:
+    """A `ports.Reporter` that tells nobody."""
+
+    def planned(self, transfers: int, total_bytes: int) -> None:
+        """Nothing."""
+
+    def started(self, transfer: object, expected_bytes: int | None) -> None:
+        """Nothing."""
+
+    def advanced(self, transfer: object, received: int) -> None:
+        """Nothing."""
+
+    def ended(self, transfer: object, error: str | None) -> None:
+        """Nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """The API, opened."""
+
+    transport: ApiTransport
+    client: RestClient
+    credentials: Credentials
+
+
+@dataclass(frozen=True, slots=True)
+class OpenRoot:
+    """A root that is ours to write: locked, checked, recovered."""
+
+    tree: LocalTree
+    catalog: SqlCatalog
+    facts: RootFacts
+
+
+@asynccontextmanager
+async def open_service(settings: Settings) -> AsyncIterator[Service]:
+    """The API client with its credential. Raises ConfigInvalid."""
+    async with ApiTransport(
+        settings.base_url,
+        None,
+        timeout=settings.tinker.timeout.total_seconds(),
+        user_agent=USER_AGENT,
+        extra_headers=access_headers(),
+        deprecated=lambda route, note: log.warning("api.deprecated", route=route, note=note),
+    ) as transport:
+        sources = CredentialSources.from_environment(
+            key_file=settings.api_key_file, command=settings.tinker.credential_cmd
+        )
+        credentials = Credentials(sources, transport, sdk_version=SDK_VERSION)
+        transport.use(credentials)
+        yield Service(transport, RestClient(transport), credentials)
+
+
+@contextmanager
+def open_root(settings: Settings, *, command: str, account: str | None = None) -> Iterator[OpenRoot]:
+    """Lock, check and recover the root for writing. Raises WrongRoot, RootBusy, CatalogUnusable."""
+    root, state = settings.root, settings.state
+    wanted = settings.mirror.portable_names
+    facts = prepare_root(
+        root,
+        server=settings.base_url,
+        account=account,
+        portable_names=None if wanted == "auto" else wanted,
+        must_be_mount=settings.mirror.must_be_mount,
+    )
+    try:
+        make_directories(state, mode=0o700)
+    except OSError as error:
+        message = f"cannot make [mirror] state {state}: {error.strerror}"
+        raise WrongRoot(message) from error
+    with RootLock(state / LOCK_FILE, command=command):
+        tree = _tree(settings, facts)
+        with _open_catalog(state, tree) as catalog:
+            for committed in tree.recover():
+                catalog.add_replica(committed.replica)
+                log.info("stage.recovered", checkpoint=str(committed.replica.path))
+            yield OpenRoot(tree, catalog, facts)
+
+
+def _open_catalog(state: Path, tree: LocalTree) -> SqlCatalog:
+    """The catalog; one of another version, or a broken one, is rebuilt from the tree."""
+    path = state / CATALOG_FILE
+    missing = not path.exists()
+    try:
+        catalog = SqlCatalog.open(path, network=is_network(state))
+    except CatalogUnusable as error:
+        log.warning("catalog.rebuilt", reason=str(error))
+        remove_catalog(path)
+        catalog, missing = SqlCatalog.open(path, network=is_network(state)), True
+    if missing:
+        found = [item for item in tree.list() if isinstance(item, Replica)]
+        catalog.rebuild(found, tree.quarantined())
+    return catalog
+
+
+def rebuild_catalog(settings: Settings) -> tuple[int, list[Damage]]:
+    """Delete the catalog and make it from the tree: number of replicas, and what has no readable manifest."""
+    root = settings.root
+    facts = read_facts(root)
+    if facts is None:
+        message = f"{root} is no mirror: it has no .tinker-sync/root.json. Is [mirror] root right?"
+        raise WrongRoot(message)
+    prepare_root(root, server=facts.server, account=facts.account, portable_names=None, must_be_mount=False)
+    with RootLock(settings.state / LOCK_FILE, command="reindex"):
+        tree = _tree(settings, facts)
+        tree.recover()
+        damaged: list[Damage] = []
+        replicas: list[Replica] = []
+        for item in tree.list():
+            (replicas if isinstance(item, Replica) else damaged).append(item)  # type: ignore[arg-type]
+        remove_catalog(settings.state / CATALOG_FILE)
+        with SqlCatalog.open(settings.state / CATALOG_FILE, network=is_network(settings.state)) as catalog:
+            catalog.rebuild(replicas, tree.quarantined())
+        tree.repoint_latest()
+        return len(replicas), damaged
+
+
+def open_tree_for_reading(settings: Settings) -> LocalTree:
+    """The tree, without lock. Raises WrongRoot where there is none."""
+    facts = read_facts(settings.root)
+    if facts is None:
+        message = f"{settings.root} is no mirror yet: run `tinker-sync sync`, or correct [mirror] root"
+        raise WrongRoot(message)
+    return _tree(settings, facts)
+
+
+def open_catalog_for_reading(settings: Settings) -> SqlCatalog:
+    """The catalog, without lock. Raises CatalogMissing, CatalogUnusable."""
+    return SqlCatalog.open(settings.state / CATALOG_FILE, read_only=True)
+
+
+def _tree(settings: Settings, facts: RootFacts) -> LocalTree:
+    mirror = settings.mirror
+    return LocalTree(
+        settings.root,
+        TreeOptions(
+            portable_names=facts.portable_names,
+            folds_names=facts.folds_names,
+            file_mode=mirror.file_mode,
+            dir_mode=mirror.dir_mode,
+            keep_superseded=mirror.keep_superseded,
+        ),
+        SpaceLedger(settings.root, int(mirror.min_free)),
+        lambda: datetime.now(UTC),
+    )
+
+
+@asynccontextmanager
+async def open_mirror(
+    settings: Settings, service: Service, root: OpenRoot, reporter: Reporter
+) -> AsyncIterator[Mirror]:
+    """The engine, with its executors: one for each purpose, so that none can starve another."""
+    clock = SystemClock()
+    connections = settings.transfer.connections
+    async with AsyncExitStack() as stack:
+        storage = await stack.enter_async_context(
+            StorageTransport(
+                connections=connections,
+                stall_timeout=settings.transfer.stall_timeout.total_seconds(),
+                user_agent=USER_AGENT,
+            )
+        )
+        writers = stack.enter_context(ThreadPoolExecutor(connections, thread_name_prefix="write"))
+        indexer = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="index"))
+        account = make_account(settings, service, clock)
+        signer = TinkerSigner(service.client)
+        below = settings.tinker.file_urls_below
+        directories = DirectorySource(Path(below) if below else None)
+        transferrer = Transferrer(
+            account=account,
+            archive=ArchiveSource(signer, storage, directories),
+            files=FilesSource(signer, storage, clock),
+            destination=root.tree,
+            catalog=root.catalog,
+            clock=clock,
+            reporter=reporter,
+            writers=writers,
+            indexer=indexer,
+            marker_required=marker_required(settings),
+            tool_version=__version__,
+        )
+        yield Mirror(
+            account=account,
+            transferrer=transferrer,
+            destination=root.tree,
+            catalog=root.catalog,
+            queue=MemoryQueue(clock.monotonic),
+            clock=clock,
+            reporter=reporter,
+            indexer=indexer,
+            settings=EngineSettings(
+                selection=selection(settings),
+                concurrency=settings.transfer.concurrency,
+                connections=connections,
+                poll_interval=settings.poll.interval.total_seconds(),
+            ),
+        )
+
+
+def make_account(settings: Settings, service: Service, clock: SystemClock) -> TinkerAccount:
+    """The account as flow sees it."""
+    lister = AccountLister(
+        service.client, mode=settings.tinker.listing, page_size=settings.tinker.page_size, now=clock.now
+    )
+    return TinkerAccount(service.client, lister, clock.monotonic)
+
+
+def make_scrubber(tree: LocalTree, catalog: SqlCatalog, readers: ThreadPoolExecutor, *, record: bool) -> Scrubber:
+    """A scrubber that reads on all cores."""
+    return Scrubber(
+        destination=tree,
+        catalog=catalog,
+        clock=SystemClock(),
+        readers=readers,
+        at_a_time=os.cpu_count() or 2,
+        still_there=catalog.has_directory,
+        record=record,
+    )
+
+
+def selection(settings: Settings) -> Selection:
+    """Which checkpoints the configuration wants."""
+    mirror = settings.mirror
+    return Selection(mirror.types, mirror.include, mirror.exclude, mirror.short_ttl, mirror.short_ttl_settle)
+
+
+def marker_required(settings: Settings) -> bool:
+    """`auto`: where the official service is asked, its archives hold the marker."""
+    wanted = settings.mirror.require_marker
+    if wanted != "auto":
+        return bool(wanted)
+    host = urlsplit(settings.base_url).hostname or ""
+    return host == "thinkingmachines.dev" or host.endswith(".thinkingmachines.dev")
