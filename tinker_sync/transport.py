@@ -14,9 +14,12 @@ from __future__ import annotations
 
 import asyncio
 import email.utils
+import http.cookiejar
 import json
 import logging
+import os
 import random
+import socket
 import ssl
 import time
 from contextlib import asynccontextmanager, contextmanager
@@ -43,6 +46,7 @@ ATTEMPTS: Final = 5
 RETRY_AFTER_MOST: Final = 60.0
 _BUFFER: Final = 512 * 1024
 _REDIRECTS: Final = 5
+_LOCATION: Final = b"x-location-not-followed"
 _RETRIED: Final = frozenset({408, 409, 429})
 
 
@@ -220,9 +224,11 @@ class _ExactTransport(AiohttpTransport):
                 proxy_auth=None if self.proxy is None or self.proxy.auth is None else _basic(self.proxy.auth),
                 proxy_headers=None if self.proxy is None else self.proxy.headers.multi_items() or None,
             )
+        # httpx parses `Location` even where it does not follow, and fails on what is no URL: it does not see it.
+        headers = [(_LOCATION if name.lower() == b"location" else name, value) for name, value in response.raw_headers]
         return httpx.Response(
             status_code=response.status,
-            headers=response.raw_headers,
+            headers=headers,
             stream=_RawStream(response, timeout.get("read")),
             request=request,
         )
@@ -282,6 +288,7 @@ def _make_client(*, connections: int, connect: float, read: float, user_agent: s
     return _Client(
         verify=ssl_context(),
         follow_redirects=False,
+        cookies=http.cookiejar.CookieJar(http.cookiejar.DefaultCookiePolicy(allowed_domains=[])),
         headers={"User-Agent": user_agent, "Accept-Encoding": "identity"},
         limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections, keepalive_expiry=15.0),
         timeout=httpx.Timeout(connect=connect, read=read, write=read, pool=None),
@@ -580,9 +587,10 @@ class StorageTransport:
                 raise errors.NotTransferable(message)
             response = await self._get(url)
             status = response.status_code
-            if status not in (301, 302, 303, 307, 308) or "location" not in response.headers:
+            location = _lower(response.headers).get("location")
+            if status not in (301, 302, 303, 307, 308) or location is None:
                 break
-            target = SignedUrl(urljoin(url.reveal(), response.headers["location"]))
+            target = SignedUrl(urljoin(url.reveal(), location))
             await _close(response)
             if url.scheme == "https" and target.scheme != "https":
                 message = f"{url.host} redirects from https to {target.scheme or 'no URL'}: not followed"
@@ -667,7 +675,10 @@ async def _close(response: httpx.Response) -> None:
 
 
 def _lower(headers: httpx.Headers) -> dict[str, str]:
-    return {name.lower(): value for name, value in headers.items()}
+    lowered = {name.lower(): value for name, value in headers.items()}
+    if _LOCATION.decode() in lowered:
+        lowered["location"] = lowered.pop(_LOCATION.decode())
+    return lowered
 
 
 def _checked_base(base_url: str) -> httpx.URL:
@@ -690,9 +701,12 @@ def _reason(error: BaseException) -> str:
     current: BaseException | None = error
     while current is not None:
         if isinstance(current, ssl.SSLCertVerificationError):
-            return f"its certificate is not trusted: {current.verify_message}; see SSL_CERT_FILE"
-        if isinstance(current, OSError) and current.strerror and not isinstance(current, ssl.SSLError):
-            return str(current.strerror)
+            why = getattr(current, "verify_message", "") or "verification failed"
+            return f"its certificate is not trusted: {why}; see SSL_CERT_FILE"
+        if isinstance(current, socket.gaierror):
+            return "its name cannot be resolved"
+        if isinstance(current, OSError) and current.errno and not isinstance(current, ssl.SSLError):
+            return os.strerror(current.errno)
         current = current.__cause__ or current.__context__
     if isinstance(error, httpx.TimeoutException | TimeoutError):
         return "timed out"

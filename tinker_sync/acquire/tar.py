@@ -136,10 +136,6 @@ class TarReader:
                     yield FileData(piece)
                     if not self._left:
                         yield FileEnds()
-            elif self._padding:
-                skipped = min(self._padding, end - position)
-                position += skipped
-                self._padding -= skipped
             elif self._extended_left:
                 piece = view[position : position + self._extended_left]
                 position += len(piece)
@@ -147,6 +143,10 @@ class TarReader:
                 self._extended_body += piece
                 if not self._extended_left:
                     self._take_extended()
+            elif self._padding:
+                skipped = min(self._padding, end - position)
+                position += skipped
+                self._padding -= skipped
             else:
                 piece = view[position : position + BLOCK - len(self._header)]
                 position += len(piece)

@@ -41,6 +41,8 @@ WALKS: Final = 3
 OVERLAP: Final = 20
 """Rows of the page before that are asked for again: more than ever share a time, fewer than cost."""
 MOST_PAGES: Final = 20_000
+_IDLE_PAGES: Final = 5
+"""Pages in a row without a new row: rows shift, but not for ever."""
 _RUNS_AT_A_TIME: Final = 8
 _RUNS_PAGE: Final = 100
 
@@ -84,7 +86,8 @@ async def walk_pages(fetch: Fetch[Row], key: Key[Row], page_size: int) -> Walk[R
     """
     walk: Walk[Row] = Walk()
     page = await fetch(page_size, 0)
-    offset, tail = 0, _take(walk, page, key)
+    tail = _take(walk, page, key)
+    offset = idle = 0
     while page.length:
         reached = offset + page.length
         if page.total is not None and reached >= page.total:
@@ -92,18 +95,21 @@ async def walk_pages(fetch: Fetch[Row], key: Key[Row], page_size: int) -> Walk[R
         if walk.pages >= MOST_PAGES:
             walk.doubts.append(f"no end after {MOST_PAGES:,} pages")
             return walk
+        before = len(walk.rows)
         found = await _next_page(fetch, key, walk, page_size, reached, tail)
         if found is None:
             return walk
         page, offset = found
-        if offset + page.length <= reached and page.length:
-            # Only what was seen already: the end, unless the server says that there is more.
-            if page.total is None or offset + page.length >= page.total:
-                return walk
-            walk.doubts.append(f"the server gives no rows beyond {reached:,}, and says there are {page.total:,}")
-            return walk
         if page.length:
             tail = _keys(page, key)
+        idle = 0 if len(walk.rows) > before else idle + 1
+        if page.length and idle and page.total is None:
+            return walk
+        if page.length and (idle >= _IDLE_PAGES or offset + page.length <= reached):
+            # Nothing but what was seen already: the end, unless the server says that there is more.
+            if offset + page.length < (page.total or 0):
+                walk.doubts.append(f"the server gives no rows beyond {reached:,}, and says there are {page.total:,}")
+            return walk
     if walk.rows and page.total:
         walk.doubts.append(f"an empty page at {offset:,}, and the server says there are {page.total:,}")
     return walk

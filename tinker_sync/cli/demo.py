@@ -21,7 +21,7 @@ _PAUSE = 1.5
 async def show(directory: Path | None, *, stay: bool) -> int:
     """Run the demo; returns 0 when everything that it shows came out as it says."""
     home = directory if directory is not None else Path(tempfile.mkdtemp(prefix="tinker-sync-demo-"))
-    home.mkdir(parents=True, exist_ok=True)  # noqa: ASYNC240 - nothing else runs yet
+    home.mkdir(parents=True, exist_ok=True)
     root = home.absolute() / "mirror"
     if root.exists():
         render.warn(f"tinker-sync: {root} is there already; name another --directory")

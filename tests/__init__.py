@@ -1,0 +1,1 @@
+"""The tests: behaviour, against the real thing or the bundled local server; nothing leaves loopback."""
