@@ -92,6 +92,8 @@ class Sandbox:
         self.requests.append((request.method, raw))
         if parts[0] == "sandbox":
             return await self._control(request, parts[1:])
+        if parts[0] == "hop":
+            return web.Response(status=302, headers={"Location": f"{self.storage_url}/{parts[1]}?{query}"})
         if parts[:2] != ["api", "v1"]:
             return _problem(404, "Not Found")
         parts = parts[2:]
@@ -396,8 +398,7 @@ class Sandbox:
             return web.json_response({"url": url, "expires": rfc3339(datetime.fromtimestamp(ends, UTC))})
         location = url
         if quirks.relative_location:
-            location = f"{_PREFIX}/api/v1/hop?to={url.rpartition('/')[2]}"
-            self._objects[location] = self._objects[url.rpartition("/")[2].partition("?")[0]]
+            location = f"{_PREFIX}/hop/{url.rpartition('/')[2]}"
         expires = format_datetime(datetime.fromtimestamp(ends, UTC), usegmt=True)
         return web.Response(status=302, headers={"Location": location, "Expires": expires})
 
