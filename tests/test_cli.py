@@ -166,7 +166,11 @@ def test_service_troubles_exit_3(site: Site) -> None:
     wrong.write_text("tml-wrong")
     refused = run(["--config", config, "sync"], check=3, TINKER_SYNC__TINKER__API_KEY_FILE=str(wrong))
     assert "refused the credential" in refused.stderr
-    closed = run(["--config", config, "--root", str(site.home / "r"), "sync"], check=3, TINKER_SYNC__TINKER__BASE_URL="http://127.0.0.1:1")
+    closed = run(
+        ["--config", config, "--root", str(site.home / "r"), "sync"],
+        check=3,
+        TINKER_SYNC__TINKER__BASE_URL="http://127.0.0.1:1",
+    )
     assert "cannot be reached (Connection refused)" in closed.stderr
     site.sandbox.faults.append(Fault("list", "html", status=200, times=1))
     assert "base_url" in run(["--config", config, "sync"], check=3).stderr
@@ -194,7 +198,9 @@ def test_a_signal_ends_it_cleanly(site: Site, number: signal.Signals, code: int)
     fill(site, 3)
     site.sandbox.faults.append(Fault("storage", "stall", at=100, seconds=20))
     config = str(site.write_config())
-    with subprocess.Popen(command("--config", config, "sync"), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+    with subprocess.Popen(
+        command("--config", config, "sync"), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as running:
         wait_for(lambda: len(site.sandbox.storage_requests) >= 3)
         time.sleep(0.2)
         running.send_signal(number)
@@ -212,7 +218,9 @@ def test_killed_at_random_moments(site: Site) -> None:
     config = str(site.write_config())
     moments = random.Random(7)
     for _ in range(8):
-        with subprocess.Popen(command("--config", config, "sync"), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        with subprocess.Popen(
+            command("--config", config, "sync"), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        ) as running:
             time.sleep(moments.uniform(0.3, 1.4))
             running.kill()
         assert_all_final_are_whole(site.root)
@@ -319,7 +327,19 @@ def test_help_is_quick_and_teaches(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert "HEAVY []" in done.stdout
-    for name in ("sync", "fetch", "status", "ls", "path", "verify", "reindex", "check-config", "doctor", "demo", "remote"):
+    for name in (
+        "sync",
+        "fetch",
+        "status",
+        "ls",
+        "path",
+        "verify",
+        "reindex",
+        "check-config",
+        "doctor",
+        "demo",
+        "remote",
+    ):
         assert name in done.stdout
         assert run([name, "--help"], check=0).stdout
     assert "complete" in run(["--show-completion", "bash"], SHELL="/bin/bash").stdout.lower()
@@ -341,7 +361,9 @@ def test_output_that_nobody_reads(site: Site) -> None:
     config = str(site.write_config())
     run(["--config", config, "sync"], check=0)
     script = f"'{command()[0]}' --config {config} ls | head -1"
-    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=30, check=False, env=os.environ)
+    done = subprocess.run(
+        ["bash", "-c", script], capture_output=True, text=True, timeout=30, check=False, env=os.environ
+    )
     assert done.stderr == ""
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import NOW
-from tests.test_pure import make_manifest
+from tests.test_pure import checkpoint, failure_of, make_manifest, replica_of
 from tinker_sync.catalog.store import CatalogMissing, CatalogUnusable, SqlCatalog
 from tinker_sync.destination import files as durable
 from tinker_sync.destination.local import LocalTree, TreeOptions
@@ -25,7 +25,6 @@ from tinker_sync.model.evidence import Defect, Kind
 from tinker_sync.model.manifest import FileEntry
 from tinker_sync.model.paths import PayloadPath, TinkerPath
 from tinker_sync.model.work import Damage, Replica, Trouble
-from tests.test_pure import checkpoint, failure_of, replica_of
 
 PATH = TinkerPath("run:train:0", "weights", "000020")
 
@@ -308,7 +307,9 @@ def test_quarantine_keeps_bytes_and_defects_once(tmp_path: Path) -> None:
     assert list(tree.list()) == []
 
 
-@pytest.mark.parametrize("name", ["x#y", "x?y", "%41", ".hidden", "..", "n" * 300, "caf\u00e9", "cafe\u0301", "a@b", "new\nline"])
+@pytest.mark.parametrize(
+    "name", ["x#y", "x?y", "%41", ".hidden", "..", "n" * 300, "caf\u00e9", "cafe\u0301", "a@b", "new\nline"]
+)
 def test_odd_names_are_found_again(tmp_path: Path, name: str) -> None:
     """The directory can be anything that the rules make; the manifest holds the true name."""
     tree = make_tree(tmp_path)

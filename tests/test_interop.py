@@ -74,7 +74,7 @@ def fill(site: Site) -> dict[str, str]:  # noqa: F811
 
 @pytest.mark.parametrize("version", ["35", "38"])
 @pytest.mark.parametrize("jwt", [False, True])
-def test_the_sdks_rest_client(site: Site, version: str, jwt: bool) -> None:  # noqa: F811, FBT001
+def test_the_sdks_rest_client(site: Site, version: str, jwt: bool) -> None:  # noqa: F811
     """Every documented call that both SDKs have, parsed by their models, with and without the JWT exchange."""
     site.sandbox.quirks.jwt = jwt
     paths = fill(site)
@@ -109,7 +109,7 @@ print(json.dumps({{
 
 
 @pytest.mark.parametrize("archive_json", [False, True])
-def test_the_same_archive_is_byte_identical(site: Site, tmp_path: Path, archive_json: bool) -> None:  # noqa: F811, FBT001
+def test_the_same_archive_is_byte_identical(site: Site, tmp_path: Path, archive_json: bool) -> None:  # noqa: F811
     """What the SDK's URL brings, unpacked by tarfile, is what our replica holds."""
     site.sandbox.quirks.archive_json = archive_json
     paths = fill(site)

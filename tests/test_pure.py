@@ -78,7 +78,15 @@ def test_long_names_become_150_bytes_and_a_hash() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "tinker://", "tinker://a/weights", "tinker://a/weights/b/c", "http://a/b/c", "tinker://a//b", "Tinker://a/b/c"],
+    [
+        "",
+        "tinker://",
+        "tinker://a/weights",
+        "tinker://a/weights/b/c",
+        "http://a/b/c",
+        "tinker://a//b",
+        "Tinker://a/b/c",
+    ],
 )
 def test_what_is_no_tinker_path_is_refused(text: str) -> None:
     """Exactly three parts after the scheme."""
@@ -262,7 +270,9 @@ def test_length_and_digest_of_a_body() -> None:
 # Planning
 
 
-def checkpoint(name: str, age: timedelta, ttl: timedelta | None = None, kind: str = "weights", size: int = 1000) -> Checkpoint:
+def checkpoint(
+    name: str, age: timedelta, ttl: timedelta | None = None, kind: str = "weights", size: int = 1000
+) -> Checkpoint:
     """One row."""
     born = NOW - age
     return Checkpoint(TinkerPath(RUN, kind, name), born, size, expires_at=None if ttl is None else born + ttl)
@@ -329,8 +339,13 @@ def test_rolling_saves_are_copied_when_the_run_has_stopped() -> None:
     assert transferred(checkpoint("r", minutes(5), two)) == []
     assert transferred(checkpoint("r", minutes(16), two)) == ["r"]
     assert transferred(checkpoint("r", minutes(16), two), checkpoint("s", minutes(1), two)) == []
-    assert transferred(checkpoint("r", minutes(16), two), checkpoint("000020", minutes(1), timedelta(days=7))) == ["000020"]
-    assert transferred(checkpoint("r", minutes(16), two), checkpoint("x", minutes(1), kind="sampler_weights")) == ["x", "r"][::-1]
+    assert transferred(checkpoint("r", minutes(16), two), checkpoint("000020", minutes(1), timedelta(days=7))) == [
+        "000020"
+    ]
+    assert (
+        transferred(checkpoint("r", minutes(16), two), checkpoint("x", minutes(1), kind="sampler_weights"))
+        == ["x", "r"][::-1]
+    )
     assert transferred(checkpoint("r", minutes(10), minutes(50))) == ["r"], "newest, 40 minutes to live: at once"
     # Born to live a week, now with one hour left: never short-lived.
     old = checkpoint("w", hours(167), timedelta(days=7))
@@ -361,7 +376,11 @@ def test_what_is_here_or_waits_is_not_transferred() -> None:
 
 def test_selection_by_type_and_globs() -> None:
     """Types, include, exclude; an unknown type is skipped with its reason; globs match part by part."""
-    rows = [checkpoint("final", hours(5)), checkpoint("final", hours(5), kind="sampler_weights"), checkpoint("x", hours(5), kind="hologram")]
+    rows = [
+        checkpoint("final", hours(5)),
+        checkpoint("final", hours(5), kind="sampler_weights"),
+        checkpoint("x", hours(5), kind="hologram"),
+    ]
     chosen = Selection(types=("training", "sampler"), include=("*/*/fin*",), exclude=("*/sampler_weights/*",))
     plan = plan_transfers(rows, Known(), chosen, now=NOW)
     assert [t.path.segment for t in plan.transfers] == ["weights"]

@@ -30,11 +30,13 @@ def expected(payload: Payload) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("compressed", [False, True])
 @pytest.mark.parametrize("prefix", ["", "./", "000020/"])
-async def test_an_archive_arrives_byte_for_byte(site: Site, prefix: str, compressed: bool) -> None:  # noqa: FBT001
+async def test_an_archive_arrives_byte_for_byte(site: Site, prefix: str, compressed: bool) -> None:
     """Plain or gzip, bare or in a directory of its own: the same files, with their facts in the manifest."""
     site.sandbox.account.add_run(RUN, lora_rank=16)
     payload = adapter(3, optimizer=True, prefix=prefix, compressed=compressed)
-    made = site.sandbox.account.add(RUN, "000020", payload=payload, ttl=timedelta(days=7), user_metadata={"loss": "0.5"})
+    made = site.sandbox.account.add(
+        RUN, "000020", payload=payload, ttl=timedelta(days=7), user_metadata={"loss": "0.5"}
+    )
     result = await site.sync()
     assert (result.exit_code, result.transferred, result.failed) == (0, [made.path], {})
     assert site.payload(made.path) == expected(payload)
@@ -50,7 +52,9 @@ async def test_an_archive_arrives_byte_for_byte(site: Site, prefix: str, compres
     assert site.staging() == []
 
 
-@pytest.mark.parametrize("quirk", ["archive_json", "archive_direct", "relative_location", "bare_ids", "naive_times", "no_sizes"])
+@pytest.mark.parametrize(
+    "quirk", ["archive_json", "archive_direct", "relative_location", "bare_ids", "naive_times", "no_sizes"]
+)
 async def test_other_servers_ways_of_handing_out(site: Site, quirk: str) -> None:
     """200 with JSON, bytes at once, bare ids …: the same replica."""
     setattr(site.sandbox.quirks, quirk, True)
@@ -107,7 +111,9 @@ async def test_a_second_pass_asks_for_the_listing_alone(site: Site) -> None:
     assert site.sandbox.storage_requests == []
 
 
-@pytest.mark.parametrize("kind", ["cut", "corrupt", "drop", "wrong-digest", "bad-chunk", "status", "stall", "close-cut"])
+@pytest.mark.parametrize(
+    "kind", ["cut", "corrupt", "drop", "wrong-digest", "bad-chunk", "status", "stall", "close-cut"]
+)
 async def test_passing_trouble_of_the_storage_is_overcome_in_the_same_pass(site: Site, kind: Any) -> None:
     """A cut, a flipped byte, a reset, a stall, a 503: another attempt with a fresh URL, and the right bytes."""
     site.transfer = {"stall_timeout": "1s"}

@@ -41,7 +41,9 @@ def read(data: bytes, step: int = 10_000, limits: Limits | None = None) -> tuple
     return files, reader.finish()
 
 
-names = st.text(st.characters(codec="utf-8", exclude_characters="/\\", exclude_categories=["Cc", "Cs"]), min_size=1, max_size=40)
+names = st.text(
+    st.characters(codec="utf-8", exclude_characters="/\\", exclude_categories=["Cc", "Cs"]), min_size=1, max_size=40
+)
 
 
 @given(

@@ -33,7 +33,7 @@ from tinker_sync.sandbox import Fault, Sandbox
 from tinker_sync.transport import Answer, ApiTransport, StorageTransport, retry_after
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncIterator
     from pathlib import Path
 
 Handler = "Callable[[web.Request], Awaitable[web.StreamResponse]]"
@@ -60,7 +60,20 @@ async def body_of(storage: StorageTransport, url: str) -> bytes:
         return b"".join([chunk async for chunk in body.chunks()])
 
 
-NAMES = ["000020", "000020#old", "x?y=1", "%41", "a b", "caf\u00e9", "..a", "~tilde", "a+b", "a;b,c", "\u202e", "a'b(c)*!"]
+NAMES = [
+    "000020",
+    "000020#old",
+    "x?y=1",
+    "%41",
+    "a b",
+    "caf\u00e9",
+    "..a",
+    "~tilde",
+    "a+b",
+    "a;b,c",
+    "\u202e",
+    "a'b(c)*!",
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -68,7 +81,7 @@ async def test_a_name_arrives_as_it_is_meant(sandbox: Sandbox, name: str) -> Non
     """The raw path decodes to the name, whatever is in it; nothing else is deleted."""
     run = sandbox.account.add_run("39aa5eb2:train:0")
     meant = sandbox.account.add(run, name)
-    other = sandbox.account.add(run, name.split("#", maxsplit=1)[0].split("?")[0] + "-other")
+    other = sandbox.account.add(run, name.split("#", maxsplit=1)[0].split("?", maxsplit=1)[0] + "-other")
     async with ApiTransport(sandbox.base_url, KeyOnly(sandbox.key)) as transport:
         await RestClient(transport).delete_checkpoint_from_tinker_path(str(meant.path))
     assert sandbox.account.deleted == [meant.path]
@@ -100,7 +113,9 @@ async def test_the_base_url_keeps_its_prefix() -> None:
     assert seen == ["/services/tinker-prod/api/v1/checkpoints?limit=5&offset=0"] * 2
 
 
-@pytest.mark.parametrize("base", ["ftp://x", "nonsense", "https://", "https://u:p@h/x", "https://h/?q=1", "https://h/#f"])
+@pytest.mark.parametrize(
+    "base", ["ftp://x", "nonsense", "https://", "https://u:p@h/x", "https://h/?q=1", "https://h/#f"]
+)
 def test_a_base_url_that_is_none_is_refused(base: str) -> None:
     """In words, before anything is sent; a password in it is not shown."""
     with pytest.raises(ConfigInvalid, match="base_url"):
@@ -363,7 +378,7 @@ async def test_a_call_has_a_deadline() -> None:
 
 
 async def test_an_answer_of_another_shape_is_said_to_be_one() -> None:
-    """No JSON, or other JSON: is base_url right?"""
+    """No JSON, or other JSON: the words ask whether base_url is right."""
 
     async def handler(request: web.Request) -> web.StreamResponse:
         return web.Response(text="<html>" if "runs" in request.path else '{"a": 1}', content_type="application/json")

@@ -151,7 +151,7 @@ async def _check_account(settings: Settings, service: Service, report: _Report) 
     for row in sorted(found.checkpoints, key=lambda row: row.time):
         newest[row.checkpoint_type] = row
     for kind in CHECKPOINT_TYPES:
-        await _check_type(service, kind, newest.get(kind), report)
+        await _check_type(settings, service, kind, newest.get(kind), report)
     _check_twins(settings, found.checkpoints, report)
 
 
@@ -174,7 +174,7 @@ async def _compare_views(service: Service, rows: tuple[Checkpoint, ...], report:
         report.add("views", "ok", "the account's list and the newest run's agree")
 
 
-async def _check_type(service: Service, kind: str, row: Checkpoint | None, report: _Report) -> None:
+async def _check_type(settings: Settings, service: Service, kind: str, row: Checkpoint | None, report: _Report) -> None:
     if row is None:
         report.add(kind, "ok", "none in the account, so nothing is known")
         return
@@ -185,7 +185,12 @@ async def _check_type(service: Service, kind: str, row: Checkpoint | None, repor
             report.add(kind, "ok", "handed out file by file")
         else:
             async with service.client.open_archive(row.path.run_id, row.path.checkpoint_id) as answer:
-                way = "sent at once" if answer.url is None else f"signed URLs at {answer.url.host or 'file://'}"
+                url = answer.url
+            if url is not None and url.scheme == "file" and not settings.tinker.file_urls_below:
+                detail = "handed out as directories of the server's own host: set [tinker] file_urls_below"
+                report.add(kind, "failure", detail)
+                return
+            way = "sent at once" if url is None else "directories" if url.scheme == "file" else f"URLs at {url.host}"
             report.add(kind, "ok", f"archives are handed out ({way})")
     except BeingMade:
         report.add(kind, "ok", "archives are made on demand; this one is being made")
