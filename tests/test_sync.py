@@ -13,6 +13,7 @@ import pytest
 from tests.archives import member, tar_of
 from tests.conftest import Site, hours, minutes
 from tinker_sync import passes
+from tinker_sync.catalog.store import SqlCatalog
 from tinker_sync.errors import CredentialRefused, WrongRoot
 from tinker_sync.sandbox import Fault, Payload, PayloadFile, Sandbox, adapter
 from tinker_sync.wiring import open_catalog_for_reading
@@ -283,6 +284,21 @@ async def test_one_bad_checkpoint_never_stops_another(site: Site, status: int) -
     result = await site.sync()
     assert len(result.transferred) == 1
     assert str(status) in result.failed[bad.path][0]
+
+
+async def test_a_replica_that_the_catalog_does_not_know_is_adopted(site: Site) -> None:
+    """A process can die between its rename and its note: the next pass takes the replica for what it is."""
+    made = site.sandbox.account.add(RUN, "a", payload=adapter(1))
+    await site.sync()
+    settings = site.settings()
+    with SqlCatalog.open(settings.state / "catalog.db") as catalog:
+        catalog.remove_replica(f"{RUN}/weights/a")
+    before = len(site.sandbox.storage_requests)
+    result = await site.sync()
+    assert (result.exit_code, result.failed, result.transferred) == (0, {}, [])
+    assert len(site.sandbox.storage_requests) == before
+    with open_catalog_for_reading(settings) as catalog:
+        assert [replica.path for replica in catalog.replicas()] == [made.path]
 
 
 async def test_another_object_under_the_same_path_is_a_new_replica(site: Site) -> None:

@@ -14,6 +14,7 @@ import random
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Final, TypeVar
 
 import structlog
@@ -39,6 +40,7 @@ from tinker_sync.model.work import Failure, Trouble
 from tinker_sync.planning import (
     NOT_SERVED_RETRY,
     Selection,
+    ServedRecord,
     TransferPlan,
     plan_transfers,
     retry_delay,
@@ -66,6 +68,7 @@ LARGE: Final = 64_000_000
 """Bytes; larger transfers share `concurrency` slots, smaller ones only the connections."""
 SERVER_PAUSES: Final = 3
 """How often `sync` waits for a server in trouble, without any success between, before it gives up."""
+_SUCCESS_NOTED_EVERY: Final = timedelta(hours=1)
 _WEATHER: Final = (CredentialMissing, CredentialRefused)
 
 
@@ -165,6 +168,7 @@ class Mirror:
         self._efforts: dict[TinkerPath, _Effort] = {}
         self._running: dict[TinkerPath, Transfer] = {}
         self._changed = asyncio.Event()
+        self._served = ServedRecord()
         self._full = False
         self._pauses = 0
         self._rate: float | None = None
@@ -176,6 +180,7 @@ class Mirror:
         Raises ServiceTrouble when the account cannot be listed at all, TinkerSyncError for what a person must fix.
         """
         begun = self._clock.monotonic()
+        self._served = await self._index(self._catalog.served)
         await self._poll()
         try:
             async with asyncio.TaskGroup() as group:
@@ -314,8 +319,7 @@ class Mirror:
             return True
         if transfer.path.checkpoint_type == "external":
             return False
-        served = await self._index(self._catalog.served)
-        if served.server_refuses(self._clock.now()):
+        if self._served.server_refuses(self._clock.now()):
             self._queue.done(transfer)
             reason = "this server hands out no archives (asked again every 6 hours)"
             self.result.skipped[transfer.path] = reason
@@ -331,6 +335,10 @@ class Mirror:
                 self._queue.done(transfer)
                 return
             repairs = self._repairs.get(transfer.path)
+            if repairs is None and await self._transferrer.adopt(transfer):
+                self._queue.done(transfer)
+                log.info("replica.adopted", checkpoint=str(transfer.path))
+                return
             committed = await self._transferrer.transfer(transfer, row, repairs=repairs)
         except TinkerSyncError as error:
             await self._after(transfer, effort, error)
@@ -357,10 +365,7 @@ class Mirror:
             rate = replica.total_bytes / seconds
             self._rate = rate if self._rate is None else 0.7 * self._rate + 0.3 * rate
         if replica.source == "archive":
-            served = await self._index(self._catalog.served)
-            if served.refused or served.last_success is None:
-                served.add_success(self._clock.now())
-                await self._index(lambda: self._catalog.save_served(served))
+            await self._note_served()
         log.info(
             "transfer.committed",
             checkpoint=str(transfer.path),
@@ -368,6 +373,13 @@ class Mirror:
             files=replica.files,
             seconds=round(seconds, 2),
         )
+
+    async def _note_served(self) -> None:
+        """The server hands out archives; written down when that is news, and once an hour."""
+        now, before = self._clock.now(), self._served.last_success
+        if self._served.refused or before is None or now - before > _SUCCESS_NOTED_EVERY:
+            self._served.add_success(now)
+            await self._index(partial(self._catalog.save_served, self._served))
 
     async def _after(self, transfer: Transfer, effort: _Effort, error: TinkerSyncError) -> None:
         """Sort a failure by what follows from it."""
@@ -444,9 +456,8 @@ class Mirror:
                 )
             )
         )
-        served = await self._index(self._catalog.served)
-        served.add_refusal(path, now)
-        await self._index(lambda: self._catalog.save_served(served))
+        self._served.add_refusal(path, now)
+        await self._index(partial(self._catalog.save_served, self._served))
         self.result.skipped[path] = reason
         log.warning("transfer.not_served", checkpoint=str(path), status=error.status)
 

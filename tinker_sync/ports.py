@@ -238,6 +238,10 @@ class Destination(Protocol):
         """Whether that many more bytes would fit now."""
         ...
 
+    def find(self, path: TinkerPath) -> Committed | None:
+        """The replica that stands under a path's name, whatever the catalog knows. Raises DiskTrouble."""
+        ...
+
     def manifest(self, directory: str) -> Manifest:
         """A replica's manifest, unproven. Raises OSError, ManifestInvalid."""
         ...

@@ -88,6 +88,18 @@ class Transferrer:
                 await facts
             await intake.clean()
 
+    async def adopt(self, transfer: Transfer) -> bool:
+        """Whether the very object is in the tree already, unknown to the catalog; then the catalog learns of it.
+
+        A process that died between its rename and its note leaves this. Raises DiskTrouble.
+        """
+        loop = asyncio.get_running_loop()
+        found = await loop.run_in_executor(self._writers, self._destination.find, transfer.path)
+        if found is None or not found.replica.identity.matches(transfer.identity):
+            return False
+        await self._note(found)
+        return True
+
     async def _acquire(self, transfer: Transfer, listed_id: str, intake: _Intake) -> Acquired:
         """External checkpoints come file by file where the server can, everything else as an archive."""
         if transfer.path.checkpoint_type == "external":
@@ -136,14 +148,17 @@ class Transferrer:
 
     async def _record(self, committed: Committed, facts: RunFacts, intake: _Intake) -> None:
         """The catalog is an index: the replica is there whatever becomes of this."""
+        await self._note(committed)
+        if facts.training_run is not None:
+            run_id = committed.replica.path.run_id
+            await intake.run(partial(self._destination.record_run, run_id, facts.training_run))
+
+    async def _note(self, committed: Committed) -> None:
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(self._indexer, self._catalog.add_replica, committed.replica)
         if committed.superseded is not None:
             path = committed.replica.path
             await loop.run_in_executor(self._indexer, self._catalog.replace_superseded, path, committed.superseded)
-        if facts.training_run is not None:
-            run_id = committed.replica.path.run_id
-            await intake.run(partial(self._destination.record_run, run_id, facts.training_run))
 
     def _manifest(
         self, checkpoint: Checkpoint, acquired: Acquired, files: Sequence[SeenFile], facts: RunFacts

@@ -144,6 +144,21 @@ class LocalTree:
             self._point_latest(manifest, final)
         return Committed(replica, superseded)
 
+    def find(self, path: TinkerPath) -> Committed | None:
+        """The replica that stands under a path's name, whatever the catalog knows. Raises DiskTrouble.
+
+        By the first invariant it is whole: a process can have died between the rename and its note in the catalog.
+        """
+        with disk_errors("cannot look into", self.root):
+            parent = self.root / self._free_name(self.root, path.run_id)
+            parent /= self._free_name(parent, path.segment)
+            final = parent / self._free_name(parent, path.name)
+            look = self._look(final) if final.is_dir() and not final.is_symlink() else None
+        if not isinstance(look, Replica) or look.path != path:
+            return None
+        versions = (self._look(other) for other in _subdirectories(parent) if other.name.startswith(f"{final.name}@"))
+        return Committed(look, tuple(version for version in versions if isinstance(version, Replica)))
+
     def manifest(self, directory: str) -> Manifest:
         """A replica's manifest, unproven. Raises OSError, ManifestInvalid."""
         return read_manifest(self.root / directory)[0]

@@ -11,6 +11,7 @@ import secrets
 import socket
 import struct
 import time as clock
+from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -26,10 +27,11 @@ from tinker_sync.sandbox.adapters import Payload, PayloadFile, adapter
 from tinker_sync.sandbox.faults import Fault, Quirks
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator
+    from collections.abc import AsyncIterator, Iterator
 
     from tinker_sync.sandbox.faults import Where
 
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 DEMO_KEY = "tml-sandbox-key"
 _PREFIX = "/services/tinker-sandbox"
 
@@ -66,7 +68,7 @@ class Sandbox:
         try:
             for handler, wanted in ((self._api, port), (self._storage, 0)):
                 app = web.Application(client_max_size=1 << 30)
-                app.router.add_route("*", "/{rest:.*}", handler)
+                app.router.add_route("*", "/{rest:.*}", _unless_left(handler))
                 runner = web.AppRunner(
                     app, access_log=None, handle_signals=False, handler_cancellation=True, shutdown_timeout=0.05
                 )
@@ -625,6 +627,18 @@ class Sandbox:
             self.faults.append(Fault(**body))
             return web.json_response({"faults": len(self.faults)})
         return _problem(404, "POST /sandbox/checkpoints or /sandbox/faults")
+
+
+def _unless_left(handler: Handler) -> Handler:
+    """A client that goes away in the middle is no error of the server's."""
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        try:
+            return await handler(request)
+        except ConnectionResetError:
+            return web.Response()
+
+    return handle
 
 
 def _uuid() -> str:
