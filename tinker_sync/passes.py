@@ -188,7 +188,7 @@ class Mirror:
                 await self._work()
                 polling.cancel()
         except BaseExceptionGroup as several:
-            raise several.exceptions[0] from None
+            raise _first_of(several) from None
         finally:
             self.result.seconds = self._clock.monotonic() - begun
             await self._save_pass()
@@ -249,13 +249,15 @@ class Mirror:
         known = await self._index(self._catalog.known)
         self._note_listing(found)
         plan = plan_transfers(found.checkpoints, known, self._settings.selection, now=now, bytes_per_second=self._rate)
-        self._rows = {checkpoint.path: checkpoint for checkpoint in found.checkpoints}
+        shown = {checkpoint.path: checkpoint for checkpoint in found.checkpoints}
+        unseen = [] if complete else [waiting for waiting in self._queue.pending() if waiting.path not in shown]
+        self._rows = shown if complete else self._rows | shown
         self._failures = dict(known.failures)
         for transfer in plan.transfers:
             self._note_repair(transfer.path, known)
         self._note_plan(plan)
         fresh = [transfer for transfer in plan.transfers if transfer.path not in self.result.failed]
-        self._queue.offer(fresh)
+        self._queue.offer([*fresh, *unseen])  # absence from a sighting takes nothing out of the queue
         self._reporter.planned(len(self._queue.pending()), sum(t.size_bytes or 0 for t in self._queue.pending()))
 
     def _note_listing(self, found: Listing | Sighting) -> None:
@@ -280,19 +282,24 @@ class Mirror:
 
     async def _work(self) -> None:
         """Run transfers until nothing waits and nothing runs."""
-        async with asyncio.TaskGroup() as group:
-            while True:
-                self._changed.clear()
-                while len(self._running) < self._settings.connections:
-                    transfer = self._queue.claim(self._may_start)
-                    if transfer is None:
-                        break
-                    if not await self._refused_beforehand(transfer):
-                        self._running[transfer.path] = transfer
-                        group.create_task(self._run(transfer))
-                if not self._running and not self._queue.pending():
-                    return
-                await self._wait_for_change()
+        try:
+            async with asyncio.TaskGroup() as group:
+                while self._running or self._queue.pending():
+                    self._changed.clear()
+                    await self._start_what_may(group)
+                    if self._running or self._queue.pending():
+                        await self._wait_for_change()
+        except BaseExceptionGroup as several:
+            raise _first_of(several) from None
+
+    async def _start_what_may(self, group: asyncio.TaskGroup) -> None:
+        while len(self._running) < self._settings.connections:
+            transfer = self._queue.claim(self._may_start)
+            if transfer is None:
+                return
+            if not await self._refused_beforehand(transfer):
+                self._running[transfer.path] = transfer
+                group.create_task(self._run(transfer))
 
     def _may_start(self, transfer: Transfer) -> bool:
         """Large transfers share `concurrency` slots; an unknown size counts as small until it is known."""
@@ -522,3 +529,11 @@ class Mirror:
 
     async def _index(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._indexer, work)
+
+
+def _first_of(several: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The first error inside a group, however deep: one is told, and all have the same cause."""
+    found: BaseException = several
+    while isinstance(found, BaseExceptionGroup):
+        found = found.exceptions[0]
+    return found

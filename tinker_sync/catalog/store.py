@@ -7,6 +7,7 @@ a power cut (`synchronous=NORMAL`), and a broken file is answered by rebuilding 
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Self
 
 from sqlalchemy import create_engine, delete, event, func, insert, select, update
@@ -23,7 +24,7 @@ from tinker_sync.model.work import Failure, Replica, Trouble
 from tinker_sync.planning import Known, ServedRecord
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from datetime import datetime
     from pathlib import Path
     from types import TracebackType
@@ -77,16 +78,25 @@ class SqlCatalog:
             catalog._check(read_only=read_only)
             if not read_only:
                 path.chmod(0o600)
-        except (SQLAlchemyError, OSError) as error:
+        except OSError as error:
             engine.dispose()
-            raise _unusable(path, error) from error
+            raise _unusable(error) from error
         except CatalogUnusable:
             engine.dispose()
             raise
         return catalog
 
+    @contextmanager
+    def _begin(self) -> Iterator[Connection]:
+        """One transaction. Raises CatalogUnusable for everything that a database can do."""
+        try:
+            with self._engine.begin() as connection:
+                yield connection
+        except SQLAlchemyError as error:
+            raise _unusable(error) from error
+
     def _check(self, *, read_only: bool) -> None:
-        with self._engine.begin() as connection:
+        with self._begin() as connection:
             if not read_only:
                 schema.metadata.create_all(connection)
             version = _fact(connection, "schema_version")
@@ -109,7 +119,7 @@ class SqlCatalog:
 
     def known(self) -> Known:
         """All that planning needs, read once."""
-        with self._engine.begin() as connection:
+        with self._begin() as connection:
             present = connection.execute(select(schema.replicas).where(~schema.replicas.c.superseded))
             replicas = {replica.path: replica for replica in map(_as_replica, present)}
             failed = connection.execute(select(schema.failures))
@@ -119,7 +129,7 @@ class SqlCatalog:
     def first_expiry(self) -> dict[TinkerPath, tuple[datetime, datetime | None]]:
         """Of everything that is listed: its time, and the first `expires_at` that was seen for it."""
         table = schema.upstream
-        with self._engine.begin() as connection:
+        with self._begin() as connection:
             rows = connection.execute(select(table.c.tinker_path, table.c.time, table.c.first_expires_at))
             return {TinkerPath.parse(path): (from_micros(time), _moment(expires)) for path, time, expires in rows}
 
@@ -129,20 +139,20 @@ class SqlCatalog:
         query = select(table).order_by(table.c.tinker_path, table.c.superseded, table.c.time.desc())
         if prefix:
             query = query.where(table.c.tinker_path.startswith(prefix, autoescape=True))
-        with self._engine.begin() as connection:
+        with self._begin() as connection:
             return [_as_replica(row) for row in connection.execute(query)]
 
     def has_directory(self, directory: str) -> bool:
         """Whether a replica is still known there."""
         table = schema.replicas
-        with self._engine.begin() as connection:
+        with self._begin() as connection:
             query = select(func.count()).where(table.c.directory == directory)
             return connection.execute(query).scalar_one() > 0
 
     def counts(self) -> dict[str, int]:
         """`replicas`, `bytes`, `damaged`, `upstream`: small numbers for `status`, without reading rows."""
         table = schema.replicas
-        with self._engine.begin() as connection:
+        with self._begin() as connection:
             number, total = connection.execute(
                 select(func.count(), func.coalesce(func.sum(table.c.total_bytes), 0))
             ).one()
@@ -160,23 +170,23 @@ class SqlCatalog:
             & (here.c.size_bytes.is_(None) | up.c.size_bytes.is_(None) | (here.c.size_bytes == up.c.size_bytes))
         )
         missing = ~select(here.c.directory).where(same).exists()
-        with self._engine.begin() as connection:
+        with self._begin() as connection:
             return [_as_checkpoint(row) for row in connection.execute(select(up).where(missing))]
 
     def failures(self) -> list[Failure]:
         """Everything that failed and was not cured."""
-        with self._engine.begin() as connection:
+        with self._begin() as connection:
             return [_as_failure(row) for row in connection.execute(select(schema.failures))]
 
     def listed(self) -> list[Checkpoint]:
         """What the service showed last."""
-        with self._engine.begin() as connection:
+        with self._begin() as connection:
             return [_as_checkpoint(row) for row in connection.execute(select(schema.upstream))]
 
     def observe(self, checkpoints: Sequence[Checkpoint], seen_at: datetime, *, complete: bool) -> None:
         """Record what was shown; with `complete`, also what is gone. Writes only differences."""
         table = schema.upstream
-        with self._engine.begin() as connection:
+        with self._begin() as connection:
             before = {row.tinker_path: row for row in connection.execute(select(table))}
             shown: set[str] = set()
             added: list[dict[str, Any]] = []
@@ -203,7 +213,7 @@ class SqlCatalog:
     def add_replica(self, replica: Replica) -> None:
         """A replica is there. What held its name is superseded or replaced; its failures are forgotten."""
         table = schema.replicas
-        with self._engine.begin() as connection:
+        with self._begin() as connection:
             connection.execute(delete(table).where(table.c.directory == replica.directory))
             connection.execute(insert(table), _replica_row(replica))
             if not replica.superseded:
@@ -212,7 +222,7 @@ class SqlCatalog:
     def replace_superseded(self, path: TinkerPath, replicas: Sequence[Replica]) -> None:
         """The superseded versions of a path are exactly these."""
         table = schema.replicas
-        with self._engine.begin() as connection:
+        with self._begin() as connection:
             connection.execute(delete(table).where((table.c.tinker_path == str(path)) & table.c.superseded))
             for replica in replicas:
                 connection.execute(delete(table).where(table.c.directory == replica.directory))
@@ -220,7 +230,7 @@ class SqlCatalog:
 
     def remove_replica(self, directory: str) -> None:
         """A replica is no longer there."""
-        with self._engine.begin() as connection:
+        with self._begin() as connection:
             connection.execute(delete(schema.replicas).where(schema.replicas.c.directory == directory))
 
     def mark_verified(self, directory: str, verified_at: datetime, damaged: Sequence[str]) -> None:
@@ -229,24 +239,24 @@ class SqlCatalog:
         values: dict[str, Any] = {"damaged": json.dumps(list(damaged))}
         if not damaged:
             values["verified_at"] = to_micros(verified_at)
-        with self._engine.begin() as connection:
+        with self._begin() as connection:
             connection.execute(update(table).where(table.c.directory == directory), values)
 
     def add_failure(self, failure: Failure) -> None:
         """A transfer failed."""
         table = schema.failures
-        with self._engine.begin() as connection:
+        with self._begin() as connection:
             connection.execute(delete(table).where(table.c.tinker_path == str(failure.path)))
             connection.execute(insert(table), _failure_row(failure))
 
     def forget_failures(self, paths: Iterable[TinkerPath]) -> None:
         """They are gone upstream, or here now."""
-        with self._engine.begin() as connection:
+        with self._begin() as connection:
             _delete(connection, schema.failures, [str(path) for path in paths])
 
     def served(self) -> ServedRecord:
         """What was learnt about whether this server hands out archives."""
-        with self._engine.begin() as connection:
+        with self._begin() as connection:
             document = _fact(connection, "served")
         if not isinstance(document, dict):
             return ServedRecord()
@@ -263,23 +273,23 @@ class SqlCatalog:
             "last_success": None if record.last_success is None else rfc3339(record.last_success),
             "last_probe": None if record.last_probe is None else rfc3339(record.last_probe),
         }
-        with self._engine.begin() as connection:
+        with self._begin() as connection:
             _set_fact(connection, "served", document)
 
     def save_pass(self, summary: Mapping[str, object]) -> None:
         """Keep the summary of the last pass, for `status`."""
-        with self._engine.begin() as connection:
+        with self._begin() as connection:
             _set_fact(connection, "last_pass", dict(summary))
 
     def last_pass(self) -> dict[str, Any] | None:
         """The summary of the last pass, or None."""
-        with self._engine.begin() as connection:
+        with self._begin() as connection:
             document = _fact(connection, "last_pass")
         return document if isinstance(document, dict) else None
 
     def rebuild(self, replicas: Iterable[Replica], quarantined: Iterable[Failure]) -> None:
         """Forget everything and take this for the truth: what `reindex` found in the tree."""
-        with self._engine.begin() as connection:
+        with self._begin() as connection:
             kept = {name: _fact(connection, name) for name in ("served", "last_pass")}
             schema.metadata.drop_all(connection)
             schema.metadata.create_all(connection)
@@ -297,9 +307,13 @@ def remove_catalog(path: Path) -> None:
         path.with_name(path.name + suffix).unlink(missing_ok=True)
 
 
-def _unusable(path: Path, error: Exception) -> CatalogUnusable:
+def _unusable(error: Exception) -> CatalogUnusable:
     reason = error.orig if isinstance(error, DatabaseError) else error
-    return CatalogUnusable(f"the catalog {path} cannot be used ({reason}): run `tinker-sync reindex` to rebuild it")
+    message = (
+        f"the catalog cannot be used ({reason}): free space or mend permissions in [mirror] state; "
+        "`tinker-sync reindex` rebuilds it from the tree"
+    )
+    return CatalogUnusable(message)
 
 
 def _insert(connection: Connection, table: Any, rows: list[dict[str, Any]]) -> None:
