@@ -79,6 +79,11 @@ def test_the_example_is_the_reference_of_every_key(tmp_path: Path) -> None:
         ("[mirror]\nmin_free = '5 apples'\n", r"c.toml:2: \[mirror\] min_free: '5 apples' is no size"),
         ("[poll]\ninterval = '5 parsecs'\n", r"c.toml:2: \[poll\] interval: '5 parsecs' is no duration"),
         ("[poll]\ninterval = '0s'\n", "longer than zero"),
+        ("[poll]\ninterval = '99999999999999999999999w'\n", "100 years"),
+        ("[mirror]\nroot = '~nosuchuser/x'\n", "no such user"),
+        ("[mirror]\nroot = ''\n", "is no path"),
+        ("[tinker]\nbase_url = 'ftp://x'\n", "https://"),
+        ("[tinker]\nbase_url = 'http://h:999999/'\n", "https://"),
         ("[poll]\ninterval = -5\n", "a duration is a text"),
         ("[transfer]\nconcurrency = 0\n", r"\[transfer\] concurrency"),
         ("[mirror]\ntypes = ['traning']\n", "is no checkpoint type"),
@@ -119,6 +124,15 @@ def test_the_environment_overrides_the_file_and_the_option_both(
     assert (settings.root, settings.transfer.concurrency) == (Path("/environment"), 9)
     assert settings.mirror.keep_superseded == 7
     assert load_settings(path, root=Path("/option")).root == Path("/option")
+    monkeypatch.setenv("TINKER_SYNC__MIRROR__TYPES", "training")
+    with pytest.raises(ConfigInvalid, match=r"\$TINKER_SYNC__MIRROR__TYPES: a list is JSON"):
+        load_settings(path)
+    monkeypatch.setenv("TINKER_SYNC__MIRROR__TYPES", '["training"]')
+    assert load_settings(path).mirror.types == ("training",)
+    monkeypatch.setenv("TINKER_SYNC__MIRROR__KEEP_SUPERSEDED", "-3")
+    with pytest.raises(ConfigInvalid, match=r"\$TINKER_SYNC__MIRROR__KEEP_SUPERSEDED"):
+        load_settings(path)
+    monkeypatch.delenv("TINKER_SYNC__MIRROR__KEEP_SUPERSEDED")
     monkeypatch.setenv("TINKER_SYNC__TRANSFER__CONCURRENCY", "many")
     with pytest.raises(ConfigInvalid, match=r"\$TINKER_SYNC__TRANSFER__CONCURRENCY"):
         load_settings(path)

@@ -207,6 +207,8 @@ TENSOR = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         (safetensors({"a": {**TENSOR, "shape": [3]}}, bytes(8)), "need 12"),
         (safetensors({"a": {**TENSOR, "data_offsets": [8, 0]}}, bytes(8)), "no valid data_offsets"),
         (safetensors({"a": 5}, bytes(8)), "no valid data_offsets"),
+        (safetensors({"a": {**TENSOR, "shape": [10**4200, 10**4200]}}, bytes(8)), "need"),
+        (safetensors({"a": {**TENSOR, "data_offsets": [0, 10**4200]}}, bytes(8)), "no valid data_offsets"),
         (safetensors(b"{no json", bytes(8)), "does not parse"),
         (safetensors([1], bytes(8)), "no object"),
         ((10**6).to_bytes(8, "little") + b"{}", "claims 1,000,000"),

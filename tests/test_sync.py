@@ -388,14 +388,97 @@ async def test_a_server_that_goes_away_ends_the_pass_and_keeps_what_came(
     monkeypatch.setattr(passes, "SERVER_PAUSES", 0)
     for n in range(6):
         site.sandbox.account.add(RUN, f"{n:06}", payload=adapter(n))
-    site.sandbox.faults.append(Fault("archive", "drop"))
-    result = await site.sync()
-    assert result.exit_code == 3
-    assert result.service_error is not None
-    assert len(result.failed) == 6
+
+    async with site.opened() as mirror:
+        await mirror._poll()
+        site.sandbox.faults.append(Fault("any", "drop"))
+        await mirror._work()
+        assert mirror.result.exit_code == 3
+        assert mirror.result.service_error is not None
+        assert len(mirror.result.failed) == 6
     site.sandbox.faults.clear()
     result = await site.sync()
     assert (result.exit_code, len(result.transferred)) == (0, 6)
+
+
+@pytest.mark.parametrize("kind", ["drop", "body", "html", 401, 429, "nonsense"])
+async def test_odd_answers_for_one_checkpoint_do_not_stop_the_others(
+    site: Site, kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever four archives answer, the service answers: those four fail, the others are copied, exit 1."""
+    monkeypatch.setattr(passes, "BUILD_BUDGET", 1.0)
+    for n in range(12):
+        site.sandbox.account.add(RUN, f"{n:06}", payload=adapter(n))
+    for n in range(4):
+        bad = f"weights/00000{n}"
+        if isinstance(kind, int):
+            quick = {"x-should-retry": "false", "retry-after": "1"}
+            fault = Fault("archive", "status", match=bad, status=kind, headers=quick)
+        elif kind == "nonsense":
+            fault = Fault("archive", "body", match=bad, status=302, headers={"Location": "http://[bad"})
+        else:
+            fault = Fault("archive", kind, match=bad, status=200, body=b"{}")
+        site.sandbox.faults.append(fault)
+    result = await site.sync()
+    assert (result.exit_code, len(result.failed), len(result.transferred)) == (1, 4, 8), result.failed
+
+
+async def test_a_bug_met_by_one_checkpoint_does_not_stop_the_others(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error that nobody foresaw is that checkpoint's failure, in words."""
+    bad = site.sandbox.account.add(RUN, "bad", payload=adapter(1))
+    site.sandbox.account.add(RUN, "good", payload=adapter(2))
+
+    async with site.opened() as mirror:
+        real = mirror._transferrer.transfer
+
+        async def transfer(wanted: Any, *arguments: Any, **options: Any) -> Any:
+            if wanted.path == bad.path:
+                raise ZeroDivisionError
+            return await real(wanted, *arguments, **options)
+
+        monkeypatch.setattr(mirror._transferrer, "transfer", transfer)
+        result = await mirror.sync()
+    assert len(result.transferred) == 1
+    assert "internal error ZeroDivisionError at test_sync.py" in result.failed[bad.path][0]
+
+
+async def test_strings_that_are_no_unicode_are_kept(site: Site) -> None:
+    """A lone surrogate in somebody's metadata is no reason to lose a checkpoint."""
+    made = site.sandbox.account.add(RUN, "a", payload=adapter(1), user_metadata={"note": "\ud800"})
+    assert (await site.sync()).exit_code == 0
+    manifest = json.loads((site.directory(made.path) / ".tinker-sync.json").read_text())
+    assert manifest["user_metadata"] == {"note": "\ud800"}
+
+
+async def test_a_damaged_replica_does_not_stand_in_the_way_of_its_successor(site: Site) -> None:
+    """Overwritten upstream: the new object is copied, the damaged one kept aside, with and without its manifest."""
+    from tinker_sync.cli import work
+
+    born = datetime.now(UTC) - hours(9)
+    for n, breaking in enumerate(("adapter_model.safetensors", ".tinker-sync.json")):
+        path = site.sandbox.account.add(RUN, f"best-{n}", payload=adapter(1), time=born).path
+        await site.sync()
+        (site.directory(path) / breaking).write_bytes(b"damage")
+        newer = adapter(2)
+        site.sandbox.account.add(RUN, f"best-{n}", payload=newer, time=born + hours(1))
+        assert await work.verify(site.settings(), [], repair=True, as_json=True) in (0, 1)
+        await site.sync()
+        assert site.payload(path) == expected(newer)
+        assert (await site.sync()).exit_code == 0
+
+
+async def test_a_repair_without_a_manifest_is_judged_like_any_other(site: Site) -> None:
+    """Nothing to compare with: then content that is no checkpoint goes to quarantine, not into the tree."""
+    from tinker_sync.cli import work
+
+    made = site.sandbox.account.add(RUN, "a", payload=adapter(1))
+    await site.sync()
+    (site.directory(made.path) / ".tinker-sync.json").unlink()
+    made.payload = Payload((PayloadFile.of("adapter_config.json", b"not json"),))
+    assert await work.verify(site.settings(), [], repair=True, as_json=True) == 1
+    assert not (site.directory(made.path) / ".tinker-sync.json").exists()
 
 
 async def test_a_full_disk_stops_downloads_and_loses_nothing(site: Site) -> None:

@@ -102,6 +102,7 @@ def test_no_truncation_goes_unnoticed() -> None:
         (tar_of(member("a\x1b[2J", b"1")), "control character"),
         (tar_of(member("a\\b", b"1")), "backslash"),
         (tar_of(member("n" * 300, b"1")), "300 bytes"),
+        (tar_of(member("a/" * 1500 + "f", b"1")), "1,501 components"),
         (tar_of(member("", b"1")), "empty name"),
         (tar_of(member("a", pax_headers={"size": "-1"})), "size"),
         (tar_of(member("a", pax_headers={"comment": "x" * 2_000_000})), "extended header of"),

@@ -6,12 +6,14 @@ Nothing below `wiring` imports this: settings end as plain arguments there.
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
 import tomllib
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, get_origin
+from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -47,7 +49,11 @@ def parse_duration(value: object) -> object:
     if not re.fullmatch(rf"(?:{_DURATION.pattern}\s*)+", text):
         message = f'{value!r} is no duration: write "90s", "15m", "2h", "7d" or "4w"'
         raise ValueError(message)
-    total = sum((timedelta(**{_UNITS[unit]: float(number)}) for number, unit in _DURATION.findall(text)), timedelta())
+    try:
+        parts = (timedelta(**{_UNITS[unit]: float(number)}) for number, unit in _DURATION.findall(text))
+        total = sum(parts, timedelta())
+    except OverflowError:
+        total = timedelta.max
     if total > _LONGEST:
         message = f"{value!r} is more than 100 years"
         raise ValueError(message)
@@ -92,7 +98,27 @@ def _check_type(value: str) -> str:
 
 
 def _absolute(value: Path) -> Path:
-    return value.expanduser().absolute()
+    text = str(value)
+    if "\0" in text or not text.strip() or value == Path():
+        message = f"{text!a} is no path"
+        raise ValueError(message)
+    try:
+        return value.expanduser().absolute()
+    except RuntimeError as error:
+        message = f"{text!r}: there is no such user"
+        raise ValueError(message) from error
+
+
+def _check_url(value: str) -> str:
+    try:
+        parts = urlsplit(value)
+        usable = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1) > 0
+    except ValueError:
+        usable = False
+    if not usable or parts.query or parts.fragment or parts.username or parts.password:
+        message = "must start with https:// (or http:// for a server of your own), with nothing but host, port and path"
+        raise ValueError(message)
+    return value
 
 
 Duration = Annotated[timedelta, BeforeValidator(parse_duration)]
@@ -100,6 +126,7 @@ Size = Annotated[ByteSize, BeforeValidator(_parse_size)]
 Mode = Annotated[int, BeforeValidator(_parse_mode)]
 Glob = Annotated[str, AfterValidator(_check_glob)]
 Type = Annotated[str, AfterValidator(_check_type)]
+Url = Annotated[str, AfterValidator(_check_url)]
 Local = Annotated[Path, AfterValidator(_absolute)]
 Count = Annotated[int, Field(ge=1)]
 
@@ -114,7 +141,7 @@ class Section(BaseModel):
 class TinkerSection(Section):
     """[tinker]: the service."""
 
-    base_url: str | None = None
+    base_url: Url | None = None
     api_key_file: Local | None = None
     credential_cmd: str | None = None
     page_size: int = Field(default=1000, ge=1, le=100_000)
@@ -410,7 +437,7 @@ def load_settings(explicit: Path | None = None, *, root: Path | None = None) -> 
     except ValidationError as error:
         faults += [_explain(fault, whence, text) for fault in error.errors(include_url=False)]
     except ValueError as error:  # pydantic-settings: a value in the environment that is no JSON where JSON is due
-        faults.append(f"{PREFIX}…: {error}")
+        faults = faults or [f"{PREFIX}…: {error}"]
     if faults:
         raise ConfigInvalid("\n".join(faults))
     if root is not None:
@@ -449,7 +476,19 @@ def _environment_faults() -> list[str]:
             faults.append(f"${variable}: there is no section [{section}]{_nearest(section, sections)}")
         elif not key:
             faults.append(f"${variable}: name a key, as in {PREFIX}MIRROR__ROOT")
+        elif key in sections[section].model_fields and not _is_value(sections[section], key, os.environ[variable]):
+            faults.append(f'${variable}: a list is JSON in the environment, as in \'["a", "b"]\'')
     return faults
+
+
+def _is_value(section: type[BaseModel], key: str, text: str) -> bool:
+    """Whether a variable's text can be the key's at all: lists come as JSON."""
+    if get_origin(section.model_fields[key].annotation) is not tuple:
+        return True
+    try:
+        return isinstance(json.loads(text), list)
+    except ValueError:
+        return False
 
 
 def _nearest(name: str, known: Any) -> str:
@@ -463,7 +502,7 @@ def _explain(fault: Any, whence: str, text: str) -> str:
     where = _dotted(location)
     line = _line_of(location, text)
     variable = PREFIX + "__".join(str(part).upper() for part in location)
-    if line is None and any(name.upper() == variable for name in os.environ):
+    if any(name.upper() == variable for name in os.environ):
         place = f"${variable}"
     else:
         place = f"{whence}:{line}" if line is not None else whence

@@ -27,6 +27,8 @@ _SAFETENSORS_HEADER_LIMIT: Final = 100_000_000
 """The format's own limit (safetensors, `MAX_HEADER_SIZE`)."""
 _EXAMINED_HEADER_LIMIT: Final = 32 * 1024 * 1024
 """Larger headers are only checked for their length: memory stays bounded."""
+_NO_SIZE: Final = 1 << 63
+"""Larger than any file; numbers of a header are not computed with beyond it."""
 _JSON_LIMIT: Final = 1024 * 1024
 _WEIGHTS: Final = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|distcp|gguf|npz|age)$")
 _OPTIMIZER: Final = re.compile(r"optim", re.IGNORECASE)
@@ -210,7 +212,7 @@ def _span(tensor: object) -> tuple[int, int] | None:
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(offset) is int for offset in offsets):
         return None
     begin, end = offsets
-    return (begin, end) if 0 <= begin <= end else None
+    return (begin, end) if 0 <= begin <= end < _NO_SIZE else None
 
 
 def _tensor_bytes(tensor: dict[str, Any]) -> int | None:
@@ -219,7 +221,7 @@ def _tensor_bytes(tensor: dict[str, Any]) -> int | None:
         return None
     total = width
     for dimension in shape:
-        total *= dimension
+        total = min(total * dimension, _NO_SIZE)
     return total
 
 

@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
 
 import structlog
@@ -69,7 +70,8 @@ LARGE: Final = 64_000_000
 SERVER_PAUSES: Final = 3
 """How often `sync` waits for a server in trouble, without any success between, before it gives up."""
 _SUCCESS_NOTED_EVERY: Final = timedelta(hours=1)
-_WEATHER: Final = (CredentialMissing, CredentialRefused)
+_ANSWER_HOLDS: Final = 5.0
+"""Seconds for which one answer to "does the service work?" is good."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +173,9 @@ class Mirror:
         self._served = ServedRecord()
         self._full = False
         self._pauses = 0
+        self._paused_until = 0.0
+        self._asking = asyncio.Lock()
+        self._asked: tuple[float, bool] | None = None
         self._rate: float | None = None
         self.result = PassResult()
 
@@ -202,7 +207,7 @@ class Mirror:
         begun = self._clock.monotonic()
         known = await self._index(self._catalog.known)
         for run_id in dict.fromkeys(path.run_id for path in paths):
-            with suppress(RequestRefused):
+            with suppress(NotFound):
                 self._rows |= {row.path: row for row in await self._account.look(run_id)}
         wanted: list[Checkpoint] = []
         for path in dict.fromkeys(paths):
@@ -303,6 +308,8 @@ class Mirror:
 
     def _may_start(self, transfer: Transfer) -> bool:
         """Large transfers share `concurrency` slots; an unknown size counts as small until it is known."""
+        if self._clock.monotonic() < self._paused_until:
+            return False
         if (transfer.size_bytes or 0) <= LARGE:
             return True
         large = sum(1 for running in self._running.values() if (running.size_bytes or 0) > LARGE)
@@ -310,6 +317,9 @@ class Mirror:
 
     async def _wait_for_change(self) -> None:
         due = self._queue.next_ready_in()
+        pause = self._paused_until - self._clock.monotonic()
+        if pause > 0:
+            due = max(pause, due or 0.0)
         waiting = asyncio.ensure_future(self._changed.wait())
         waking = asyncio.ensure_future(self._clock.sleep(3600.0 if due is None else due + 0.01))
         try:
@@ -349,6 +359,8 @@ class Mirror:
             committed = await self._transferrer.transfer(transfer, row, repairs=repairs)
         except TinkerSyncError as error:
             await self._after(transfer, effort, error)
+        except Exception as error:  # noqa: BLE001 - a bug met by one checkpoint must not stop the others
+            await self._after(transfer, effort, _as_bug(error))
         except BaseException:
             self._queue.done(transfer)
             raise
@@ -392,9 +404,10 @@ class Mirror:
         """Sort a failure by what follows from it."""
         if isinstance(error, BeingMade):
             await self._wait_until_made(transfer, effort, error)
-        elif (isinstance(error, ServiceTrouble) and not isinstance(error, Overloaded)) or (
-            isinstance(error, Overloaded) and error.status == 429
-        ):
+        elif isinstance(error, Overloaded) and error.status == 429:
+            busy = BeingMade(str(error), status=429, retry_after=error.retry_after or 5.0)
+            await self._wait_until_made(transfer, effort, busy)
+        elif isinstance(error, ServiceTrouble) and not await self._service_answers():
             await self._server_in_trouble(transfer, error)
         elif isinstance(error, NotServed | NotFound):
             self._queue.done(transfer)
@@ -420,19 +433,31 @@ class Mirror:
         if now - effort.building_since >= BUILD_BUDGET:
             self._queue.done(transfer)
             effort.building_since = None
-            message = f"the server was still packing it after {BUILD_BUDGET / 60:.0f} minutes"
+            message = f"the server was still packing it, or busy, after {BUILD_BUDGET / 60:.0f} minutes"
             await self._fail(transfer, RequestRefused(message, status=error.status))
             return
         delay = error.retry_after if error.retry_after is not None else min(30.0, 1.0 * 2**effort.building_waits)
         effort.building_waits += 1
         self._queue.defer(transfer, delay)
 
+    async def _service_answers(self) -> bool:
+        """One checkpoint's odd answer is no trouble of the service: asked once for all that fail together."""
+        async with self._asking:
+            now = self._clock.monotonic()
+            if self._asked is None or now - self._asked[0] > _ANSWER_HOLDS:
+                answers = await self._account.answers()
+                self._asked = (self._clock.monotonic(), answers)
+            return self._asked[1]
+
     async def _server_in_trouble(self, transfer: Transfer, error: ServiceTrouble) -> None:
-        """No fault of this checkpoint: it goes back, and after a few pauses without success the pass ends."""
-        self._pauses += 1
-        log.warning("service.trouble", error=str(error))
-        if self._pauses <= SERVER_PAUSES and not isinstance(error, _WEATHER):
-            self._queue.defer(transfer, error.retry_after or min(30.0, 2.0 * 2**self._pauses))
+        """No fault of this checkpoint: everything pauses, and after a few pauses without success the pass ends."""
+        now = self._clock.monotonic()
+        if now >= self._paused_until:
+            self._pauses += 1
+            self._paused_until = now + (error.retry_after or min(30.0, 2.0 * 2**self._pauses))
+            log.warning("service.trouble", error=str(error), pause=round(self._paused_until - now, 1))
+        if self._pauses <= SERVER_PAUSES and not isinstance(error, CredentialMissing | CredentialRefused):
+            self._queue.defer(transfer, max(0.0, self._paused_until - now))
             return
         self.result.service_error = str(error)
         self._queue.done(transfer)
@@ -529,6 +554,15 @@ class Mirror:
 
     async def _index(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._indexer, work)
+
+
+def _as_bug(error: Exception) -> TransferFailed:
+    """An error that nobody foresaw, without its text: that could hold a URL."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    where = f"{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}" if trace is not None else "?"
+    return TransferFailed(f"internal error {type(error).__name__} at {where}: please report it")
 
 
 def _first_of(several: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -52,6 +52,10 @@ class Account(Protocol):
         """What one run shows now. Raises ServiceTrouble, RequestRefused."""
         ...
 
+    async def answers(self) -> bool:
+        """Whether the service as a whole does what it should: one small question, answered."""
+        ...
+
     async def facts(self, path: TinkerPath) -> RunFacts:
         """What a restore needs and upstream forgets. What cannot be had is None, never an error."""
         ...

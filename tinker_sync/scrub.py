@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
     from tinker_sync.ports import Catalog, Clock, Destination
 
 log = structlog.get_logger()
+
+
+class _Stopped(Exception):
+    """Nobody waits for the rest."""
 
 
 @dataclass(slots=True)
@@ -68,14 +73,23 @@ class Scrubber:
         """Read all of them. `advanced` hears the bytes, from reader threads."""
         result = ScrubResult()
         turn = asyncio.Semaphore(self._at_a_time)
+        stopped = threading.Event()
+
+        def count(received: int) -> None:
+            if stopped.is_set():
+                raise _Stopped
+            advanced(received)
 
         async def one(replica: Replica) -> None:
             async with turn:
-                await self._check(replica, result, advanced)
+                await self._check(replica, result, count)
 
-        async with asyncio.TaskGroup() as group:
-            for replica in replicas:
-                group.create_task(one(replica))
+        try:
+            async with asyncio.TaskGroup() as group:
+                for replica in replicas:
+                    group.create_task(one(replica))
+        finally:
+            stopped.set()  # a thread cannot be cancelled: it ends at its next piece
         return result
 
     async def _check(self, replica: Replica, result: ScrubResult, advanced: Callable[[int], None]) -> None:

@@ -62,8 +62,8 @@ class Transferrer:
     ) -> Committed:
         """Make one attempt.
 
-        `repairs` is the damaged replica whose place the bytes are to take; only bytes equal to its manifest may,
-        where it still has a readable one. Raises TransferFailed, RequestRefused, ServiceTrouble; nothing is left
+        `repairs` is the damaged replica that has the name. Of the same object, only bytes equal to its manifest take
+        its place; another object upstream is a new replica, and the damaged one is kept aside. Raises TransferFailed, RequestRefused, ServiceTrouble; nothing is left
         behind then.
         """
         intake = _Intake(self._destination, transfer, self._reporter, self._writers)
@@ -126,8 +126,14 @@ class Transferrer:
         if any(defect.kind is not Kind.CONTENT for defect in defects) or stage is None:
             raise Defective(defects)
         manifest = self._manifest(checkpoint, acquired, files, facts)
-        if repairs is not None:
-            manifest = await intake.run(partial(self._must_equal, repairs, manifest))
+        expected = None
+        if repairs is not None and repairs.identity.matches(checkpoint.identity):
+            expected = await intake.run(partial(self._manifest_of, repairs))
+        if expected is not None:
+            if not expected.same_payload(manifest):
+                what = "what upstream serves now is not what the manifest says: it does not repair this replica"
+                raise Defective([Defect(Kind.STRUCTURE, what)])
+            manifest = expected
         elif defects:
             kept = await intake.run(partial(stage.quarantine, checkpoint.identity, defects))
             raise Defective(defects, quarantine=kept)
@@ -135,16 +141,12 @@ class Transferrer:
         await self._record(committed, facts, intake)
         return committed
 
-    def _must_equal(self, damaged: Replica, fetched: Manifest) -> Manifest:
-        """The damaged replica's own manifest, if the fetched payload is what it says. Raises Defective."""
+    def _manifest_of(self, damaged: Replica) -> Manifest | None:
+        """A damaged replica's own manifest, where it can still be read."""
         try:
-            expected = self._destination.manifest(damaged.directory)
+            return self._destination.manifest(damaged.directory)
         except (OSError, ManifestInvalid):
-            return fetched
-        if not expected.same_payload(fetched):
-            what = "what upstream serves now is not what the manifest says: it does not repair this replica"
-            raise Defective([Defect(Kind.STRUCTURE, what)])
-        return expected
+            return None
 
     async def _record(self, committed: Committed, facts: RunFacts, intake: _Intake) -> None:
         """The catalog is an index: the replica is there whatever becomes of this."""

@@ -25,7 +25,7 @@ import time
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Protocol, Self
-from urllib.parse import quote, unquote_to_bytes, urljoin
+from urllib.parse import quote, unquote_to_bytes
 
 import aiohttp
 import aiohttp.http_exceptions
@@ -590,7 +590,7 @@ class StorageTransport:
             location = _lower(response.headers).get("location")
             if status not in (301, 302, 303, 307, 308) or location is None:
                 break
-            target = SignedUrl(urljoin(url.reveal(), location))
+            target = SignedUrl.joined(url.reveal(), location)
             await _close(response)
             if url.scheme == "https" and target.scheme != "https":
                 message = f"{url.host} redirects from https to {target.scheme or 'no URL'}: not followed"

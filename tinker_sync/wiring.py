@@ -10,7 +10,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
 import structlog
@@ -23,7 +23,7 @@ from tinker_sync.api.account import TinkerAccount, TinkerSigner
 from tinker_sync.api.client import SDK_VERSION, RestClient, access_headers
 from tinker_sync.api.credentials import Credentials, CredentialSources
 from tinker_sync.api.listing import AccountLister
-from tinker_sync.catalog.store import CatalogUnusable, SqlCatalog, remove_catalog
+from tinker_sync.catalog.store import CatalogDamaged, CatalogUnusable, SqlCatalog, remove_catalog
 from tinker_sync.destination.files import make_directories
 from tinker_sync.destination.local import LocalTree, TreeOptions
 from tinker_sync.destination.lock import RootLock
@@ -142,6 +142,8 @@ def open_root(settings: Settings, *, command: str, account: str | None = None) -
         with _open_catalog(state, tree) as catalog:
             for committed in tree.recover():
                 catalog.add_replica(committed.replica)
+                if committed.superseded is not None:
+                    catalog.replace_superseded(committed.replica.path, committed.superseded)
                 log.info("stage.recovered", checkpoint=str(committed.replica.path))
             yield OpenRoot(tree, catalog, facts)
 
@@ -152,7 +154,7 @@ def _open_catalog(state: Path, tree: LocalTree) -> SqlCatalog:
     missing = not path.exists()
     try:
         catalog = SqlCatalog.open(path, network=is_network(state))
-    except CatalogUnusable as error:
+    except CatalogDamaged as error:
         log.warning("catalog.rebuilt", reason=str(error))
         remove_catalog(path)
         catalog, missing = SqlCatalog.open(path, network=is_network(state)), True
@@ -177,11 +179,21 @@ def rebuild_catalog(settings: Settings) -> tuple[int, list[Damage]]:
         replicas: list[Replica] = []
         for item in tree.list():
             (replicas if isinstance(item, Replica) else damaged).append(item)  # type: ignore[arg-type]
+        kept = _kept_facts(settings.state / CATALOG_FILE)
         remove_catalog(settings.state / CATALOG_FILE)
         with SqlCatalog.open(settings.state / CATALOG_FILE, network=is_network(settings.state)) as catalog:
-            catalog.rebuild(replicas, tree.quarantined())
+            catalog.rebuild(replicas, tree.quarantined(), kept)
         tree.repoint_latest()
         return len(replicas), damaged
+
+
+def _kept_facts(path: Path) -> dict[str, Any]:
+    """What only the catalog knows, where it can still be read."""
+    try:
+        with SqlCatalog.open(path, read_only=True) as catalog:
+            return catalog.facts()
+    except CatalogUnusable:
+        return {}
 
 
 def open_tree_for_reading(settings: Settings) -> LocalTree:

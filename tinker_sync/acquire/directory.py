@@ -55,6 +55,9 @@ class DirectorySource:
         if parts.netloc not in ("", "localhost"):
             message = f"file:// URL of another host ({parts.netloc})"
             raise NotTransferable(message)
+        if "%00" in parts.path or "\0" in parts.path:
+            message = "the server's directory has a NUL in its name"
+            raise NotTransferable(message)
         source = Path(os.path.realpath(unquote(parts.path, errors="surrogateescape")))
         if not source.is_relative_to(self._below) or source == self._below:
             message = f"the server's directory is not below [tinker] file_urls_below ({self._below})"
@@ -66,6 +69,14 @@ class DirectorySource:
 
 
 def _look(source: Path) -> tuple[list[tuple[PayloadPath, Path]], list[Defect], int]:
+    try:
+        return _members(source)
+    except OSError as error:
+        message = f"the server's directory cannot be read: {error.strerror}"
+        raise NotTransferable(message) from error
+
+
+def _members(source: Path) -> tuple[list[tuple[PayloadPath, Path]], list[Defect], int]:
     members: list[tuple[PayloadPath, Path]] = []
     defects: list[Defect] = []
     names = NameRegister()
@@ -91,12 +102,7 @@ def _look(source: Path) -> tuple[list[tuple[PayloadPath, Path]], list[Defect], i
 
 
 def _walk(directory: Path, below: str) -> Iterator[tuple[str, os.DirEntry[str]]]:
-    try:
-        entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
-    except OSError as error:
-        message = f"the server's directory cannot be read: {error.strerror}"
-        raise NotTransferable(message) from error
-    for entry in entries:
+    for entry in sorted(os.scandir(directory), key=lambda entry: entry.name):
         if entry.is_dir(follow_symlinks=False):
             yield from _walk(Path(entry.path), f"{below}{entry.name}/")
         else:

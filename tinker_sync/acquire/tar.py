@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 BLOCK: Final = 512
 EXTENDED_LIMIT: Final = 1024 * 1024
+_EXTENDED_IN_ALL: Final = 64 * 1024 * 1024
 _ZEROS: Final = bytes(BLOCK)
 
 _REGULAR: Final = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
@@ -98,6 +99,7 @@ class TarReader:
         self._extended_kind = b""
         self._extended_body = bytearray()
         self._extended_left = 0
+        self._extended_total = 0
         self._pending = _Extended()
         self._left = 0
         self._padding = 0
@@ -199,8 +201,9 @@ class TarReader:
             self._give_up(f"a member of negative size at member {self._members + 1}")
             return
         if info.type in (*_PAX, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK):
-            if info.size > EXTENDED_LIMIT:
-                self._give_up(f"an extended header of {info.size:,} bytes (1 MiB is the most)")
+            self._extended_total += info.size
+            if info.size > EXTENDED_LIMIT or self._extended_total > _EXTENDED_IN_ALL:
+                self._give_up(f"an extended header of {info.size:,} bytes (1 MiB is the most, and 64 MiB in all)")
                 return
             self._extended_kind = info.type
             self._extended_body.clear()
@@ -306,10 +309,9 @@ def _pax_records(body: bytes) -> Iterator[tuple[str, str]]:
 
     Raises ValueError.
     """
+    body = body.rstrip(b"\0")
     position = 0
     while position < len(body):
-        if not body[position:].strip(b"\0"):
-            return
         space = body.find(b" ", position, position + 12)
         if space < 0 or not body[position:space].isdigit():
             message = "a record without length"

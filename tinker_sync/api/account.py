@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping
     from datetime import datetime
 
+    from tinker_sync.api import wire
     from tinker_sync.api.client import RestClient
     from tinker_sync.api.listing import AccountLister
     from tinker_sync.model.checkpoint import Checkpoint, Listing, Sighting
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 _FACTS_LIVE: Final = 300.0
 _MOST_RUNS_REMEMBERED: Final = 1000
+_LOOK_PAGE: Final = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,18 +59,24 @@ class TinkerAccount:
 
     async def look(self, run_id: str) -> tuple[Checkpoint, ...]:
         """What one run shows now. Raises ServiceTrouble, RequestRefused."""
-        rows: list[Checkpoint] = []
         answer = await self._client.list_checkpoints(run_id)
-        for row in answer.checkpoints:
-            try:
-                rows.append(from_wire(row))
-            except PathInvalid:
-                continue
+        rows, seen = _readable_rows(answer), len(answer.checkpoints)
         total = 0 if answer.cursor is None else answer.cursor.total_count
-        while answer.checkpoints and len(rows) < total:
-            answer = await self._client.list_checkpoints(run_id, 1000, len(rows))
-            rows += [from_wire(row) for row in answer.checkpoints]
+        while answer.checkpoints and seen < total:
+            answer = await self._client.list_checkpoints(run_id, _LOOK_PAGE, seen)
+            rows += _readable_rows(answer)
+            seen += len(answer.checkpoints)
         return tuple(rows)
+
+    async def answers(self) -> bool:
+        """Whether the service as a whole does what it should: one small question, answered."""
+        try:
+            await self._client.list_user_checkpoints(limit=1)
+        except RequestRefused:
+            return True
+        except ServiceTrouble:
+            return False
+        return True
 
     async def facts(self, path: TinkerPath) -> RunFacts:
         """The TrainingRun and the weights' facts; None for what this server does not tell."""
@@ -92,6 +100,14 @@ class TinkerAccount:
             return (await self._client.get_weights_info_by_tinker_path(str(path))).model_dump(mode="json")
         except (RequestRefused, ServiceTrouble):
             return None
+
+
+def _readable_rows(answer: wire.CheckpointsListResponse) -> list[Checkpoint]:
+    rows: list[Checkpoint] = []
+    for row in answer.checkpoints:
+        with suppress(PathInvalid):
+            rows.append(from_wire(row))
+    return rows
 
 
 class TinkerSigner:

@@ -12,7 +12,6 @@ from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Final, TypeVar
-from urllib.parse import urljoin
 
 from pydantic import ValidationError
 
@@ -259,9 +258,9 @@ def _archive_answer(answer: Answer) -> ArchiveAnswer:
         if not location:
             message = f"the service answered {answer.status} for an archive, without Location"
             raise ProtocolBroken(message)
-        return ArchiveAnswer(url=SignedUrl(urljoin(answer.url, location)), expires=_expires(answer.headers))
+        return ArchiveAnswer(url=SignedUrl.joined(answer.url, location), expires=_expires(answer.headers))
     document = _read(wire.CheckpointArchiveUrlResponse, answer)
-    return ArchiveAnswer(url=SignedUrl(urljoin(answer.url, document.url)), expires=document.expires or _soon())
+    return ArchiveAnswer(url=SignedUrl.joined(answer.url, document.url), expires=document.expires or _soon())
 
 
 def _as_being_made(error: RequestRefused | Overloaded) -> TinkerSyncError:

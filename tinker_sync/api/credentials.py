@@ -206,13 +206,13 @@ class Credentials:
             headers={HEADER: self._raw.get_secret_value()},
         )
         token = answer.json().get("jwt") if isinstance(answer.json(), dict) else None
-        if not isinstance(token, str) or not token:
+        if not isinstance(token, str) or not token or not token.isascii() or not token.isprintable():
             message = "the service gave no JWT for the credential"
             raise ProtocolBroken(message)
         secret = SecretStr(token)
         claims, now = _claims(secret), time.time()
-        ends = float(claims.get("exp", now + 120))
-        begins = float(claims.get("iat", now))
+        ends = _number(claims.get("exp"), now + 120)
+        begins = _number(claims.get("iat"), now)
         spread = 0.45 + random.random() / 10  # noqa: S311 - spreading load, not a secret
         self._replace_at = now + max(ends - begins, 0.0) * spread
         self._jwt_ends = max(ends, self._replace_at)
@@ -272,8 +272,14 @@ def _is_jwt(secret: SecretStr) -> bool:
 
 
 def _expiry(secret: SecretStr) -> float:
-    ends = _claims(secret).get("exp")
-    return float(ends) if isinstance(ends, int | float) else float("inf")
+    return _number(_claims(secret).get("exp"), float("inf"))
+
+
+def _number(claim: object, otherwise: float) -> float:
+    """A claim that should be a time; anything else counts as not there."""
+    if isinstance(claim, bool) or not isinstance(claim, int | float):
+        return otherwise
+    return float(claim) if 0 <= claim < 1e12 else otherwise
 
 
 def _claims(secret: SecretStr) -> Mapping[str, Any]:

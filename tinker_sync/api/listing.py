@@ -43,6 +43,8 @@ OVERLAP: Final = 20
 MOST_PAGES: Final = 20_000
 _IDLE_PAGES: Final = 5
 """Pages in a row without a new row: rows shift, but not for ever."""
+_NO_SUCH_ROUTE: Final = (404, 405, 501)
+"""Only these mean that `/checkpoints` is not there; anything else is a failed listing."""
 _RUNS_AT_A_TIME: Final = 8
 _RUNS_PAGE: Final = 100
 
@@ -262,7 +264,9 @@ class AccountLister:
             return mine
         try:
             return await self._by_user()
-        except (NotFound, NotServed):
+        except (NotFound, NotServed) as error:
+            if error.status not in _NO_SUCH_ROUTE:
+                raise
             return await self._by_runs()
 
     async def _by_user(self) -> Walk[Checkpoint]:
@@ -281,7 +285,8 @@ class AccountLister:
         async def fetch(limit: int, offset: int) -> Page[str]:
             answer = await self._client.list_training_runs(limit, offset)
             runs = [run.training_run_id for run in answer.training_runs]
-            return Page(runs, None if answer.cursor is None else answer.cursor.total_count)
+            total = None if answer.cursor is None else answer.cursor.total_count
+            return Page(runs, total, len(answer.unreadable))
 
         runs = await prove(fetch, lambda run: run, _RUNS_PAGE, sleep=self._sleep)
         merged: Walk[Checkpoint] = Walk(doubts=[f"training runs: {doubt}" for doubt in runs.doubts])

@@ -35,6 +35,22 @@ def _lenient_size(value: object) -> object:
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63 else None
 
 
+def _lenient_text(value: object) -> object:
+    return value if isinstance(value, str) else ""
+
+
+def _lenient_flag(value: object) -> object:
+    return value if isinstance(value, bool) else False
+
+
+def _lenient_cursor(value: object) -> object:
+    """A cursor without a usable total is none."""
+    total = value.get("total_count") if isinstance(value, dict) else None
+    return value if isinstance(total, int) and not isinstance(total, bool) and total >= 0 else None
+
+
+Text = Annotated[str, BeforeValidator(_lenient_text)]
+Flag = Annotated[bool, BeforeValidator(_lenient_flag)]
 Moment = Annotated[datetime | None, BeforeValidator(_lenient_time)]
 Metadata = Annotated[dict[str, str] | None, BeforeValidator(_lenient_metadata)]
 Size = Annotated[int | None, BeforeValidator(_lenient_size)]
@@ -50,11 +66,11 @@ class Checkpoint(Wire):
     """A listed checkpoint. It has no `training_run_id`: run, type and name come from `tinker_path`."""
 
     tinker_path: str
-    checkpoint_id: str = ""
-    checkpoint_type: str = ""
+    checkpoint_id: Text = ""
+    checkpoint_type: Text = ""
     time: Moment = None
     size_bytes: Size = None
-    public: bool = False
+    public: Flag = False
     user_metadata: Metadata = None
     expires_at: Moment = None
 
@@ -67,41 +83,49 @@ class Cursor(Wire):
     total_count: int
 
 
+def _row_by_row(document: Any, name: str, model: type[Wire]) -> Any:
+    """Validate each row by itself, and count those that cannot be read."""
+    rows = document.get(name) if isinstance(document, dict) else None
+    if not isinstance(rows, list):
+        return document
+    good: list[Wire] = []
+    bad: list[str] = []
+    for row in rows:
+        try:
+            good.append(model.model_validate(row))
+        except ValidationError as error:
+            bad.append(str(error.errors(include_url=False, include_input=False)[0]["msg"]))
+    return {**document, name: good, "unreadable": bad}
+
+
+OptionalCursor = Annotated[Cursor | None, BeforeValidator(_lenient_cursor)]
+
+
 class CheckpointsListResponse(Wire):
     """A page of checkpoints; rows that are no checkpoint are counted in `unreadable`."""
 
     checkpoints: list[Checkpoint]
-    cursor: Cursor | None = None
+    cursor: OptionalCursor = None
     unreadable: list[str] = Field(default_factory=list)
 
     @model_validator(mode="before")
     @classmethod
-    def _row_by_row(cls, document: Any) -> Any:
-        rows = document.get("checkpoints") if isinstance(document, dict) else None
-        if not isinstance(rows, list):
-            return document
-        good: list[Checkpoint] = []
-        bad: list[str] = []
-        for row in rows:
-            try:
-                good.append(Checkpoint.model_validate(row))
-            except ValidationError as error:
-                bad.append(str(error.errors(include_url=False, include_input=False)[0]["msg"]))
-        return {**document, "checkpoints": good, "unreadable": bad}
+    def _rows(cls, document: Any) -> Any:
+        return _row_by_row(document, "checkpoints", Checkpoint)
 
 
 class TrainingRun(Wire):
     """A training run."""
 
     training_run_id: str
-    base_model: str = ""
-    model_owner: str = ""
-    is_lora: bool = True
-    corrupted: bool = False
-    lora_rank: int | None = None
+    base_model: Text = ""
+    model_owner: Text = ""
+    is_lora: Flag = True
+    corrupted: Flag = False
+    lora_rank: Size = None
     last_request_time: Moment = None
-    last_checkpoint: Checkpoint | None = None
-    last_sampler_checkpoint: Checkpoint | None = None
+    last_checkpoint: Any = None
+    last_sampler_checkpoint: Any = None
     user_metadata: Metadata = None
 
 
@@ -109,7 +133,13 @@ class TrainingRunsResponse(Wire):
     """A page of training runs."""
 
     training_runs: list[TrainingRun]
-    cursor: Cursor | None = None
+    cursor: OptionalCursor = None
+    unreadable: list[str] = Field(default_factory=list)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rows(cls, document: Any) -> Any:
+        return _row_by_row(document, "training_runs", TrainingRun)
 
 
 class WeightsInfoResponse(Wire):

@@ -7,8 +7,10 @@ a power cut (`synchronous=NORMAL`), and a broken file is answered by rebuilding 
 from __future__ import annotations
 
 import json
+import sqlite3
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Self
+from urllib.parse import quote
 
 from sqlalchemy import create_engine, delete, event, func, insert, select, update
 from sqlalchemy.engine import URL
@@ -38,6 +40,10 @@ class CatalogUnusable(TinkerSyncError):
     """The file is no catalog of this version; `reindex` rebuilds it."""
 
 
+class CatalogDamaged(CatalogUnusable):
+    """The file is broken, or of another version: nothing but rebuilding helps, and loses nothing."""
+
+
 class CatalogMissing(CatalogUnusable):
     """There is no catalog yet."""
 
@@ -57,11 +63,14 @@ class SqlCatalog:
         if read_only and not path.exists():
             message = f"no catalog at {path}: nothing was mirrored here yet, or run `tinker-sync reindex`"
             raise CatalogMissing(message)
-        engine = create_engine(
-            URL.create("sqlite", database=str(path)),
-            poolclass=StaticPool,
-            connect_args={"check_same_thread": False, "timeout": 10},
-        )
+        if read_only:
+            engine = create_engine("sqlite://", poolclass=StaticPool, creator=lambda: _connect_for_reading(path))
+        else:
+            engine = create_engine(
+                URL.create("sqlite", database=str(path)),
+                poolclass=StaticPool,
+                connect_args={"check_same_thread": False, "timeout": 10},
+            )
 
         def set_up(connection: Any, _: object) -> None:
             cursor = connection.cursor()
@@ -107,7 +116,7 @@ class SqlCatalog:
                     f"the catalog has schema version {version}, this program uses {schema.SCHEMA_VERSION}: "
                     "run `tinker-sync reindex` to rebuild it from the tree"
                 )
-                raise CatalogUnusable(message)
+                raise CatalogDamaged(message)
 
     def __enter__(self) -> Self:
         return self
@@ -138,7 +147,7 @@ class SqlCatalog:
         table = schema.replicas
         query = select(table).order_by(table.c.tinker_path, table.c.superseded, table.c.time.desc())
         if prefix:
-            query = query.where(table.c.tinker_path.startswith(prefix, autoescape=True))
+            query = query.where(func.substr(table.c.tinker_path, 1, len(prefix)) == prefix)
         with self._begin() as connection:
             return [_as_replica(row) for row in connection.execute(query)]
 
@@ -287,18 +296,50 @@ class SqlCatalog:
             document = _fact(connection, "last_pass")
         return document if isinstance(document, dict) else None
 
-    def rebuild(self, replicas: Iterable[Replica], quarantined: Iterable[Failure]) -> None:
-        """Forget everything and take this for the truth: what `reindex` found in the tree."""
+    def facts(self) -> dict[str, Any]:
+        """What only the catalog knows: the last pass, what was learnt about the server."""
         with self._begin() as connection:
-            kept = {name: _fact(connection, name) for name in ("served", "last_pass")}
+            return {row.name: json.loads(row.value) for row in connection.execute(select(schema.facts))}
+
+    def rebuild(
+        self, replicas: Sequence[Replica], quarantined: Iterable[Failure], kept: Mapping[str, Any] | None = None
+    ) -> None:
+        """Forget everything and take this for the truth: what `reindex` found in the tree.
+
+        `kept` are the facts of the catalog before, where they could be read.
+        """
+        with self._begin() as connection:
+            here = {str(replica.path): replica for replica in replicas if not replica.superseded}
+            failed: dict[TinkerPath, Failure] = {}
+            for failure in sorted(quarantined, key=lambda failure: failure.failed_at):
+                copy = here.get(str(failure.path))
+                if copy is None or not copy.identity.matches(failure.identity):
+                    failed[failure.path] = failure
             schema.metadata.drop_all(connection)
             schema.metadata.create_all(connection)
             _set_fact(connection, "schema_version", schema.SCHEMA_VERSION)
-            for name, value in kept.items():
-                if value is not None:
+            for name, value in (kept or {}).items():
+                if name != "schema_version":
                     _set_fact(connection, name, value)
             _insert(connection, schema.replicas, [_replica_row(replica) for replica in replicas])
-            _insert(connection, schema.failures, [_failure_row(failure) for failure in quarantined])
+            _insert(connection, schema.failures, [_failure_row(failure) for failure in failed.values()])
+
+
+def _connect_for_reading(path: Path) -> sqlite3.Connection:
+    """Read-only, also where nothing can be written: a WAL wants its side files, an unchanging file does not."""
+    for options in ("mode=ro", "mode=ro&immutable=1"):
+        connection = sqlite3.connect(
+            f"file:{quote(str(path))}?{options}", uri=True, check_same_thread=False, timeout=10
+        )
+        try:
+            connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        except sqlite3.OperationalError:
+            connection.close()
+            if "immutable" in options:
+                raise
+        else:
+            break
+    return connection
 
 
 def remove_catalog(path: Path) -> None:
@@ -308,12 +349,11 @@ def remove_catalog(path: Path) -> None:
 
 
 def _unusable(error: Exception) -> CatalogUnusable:
+    """Broken is something else than unwritable: only a broken catalog may be thrown away."""
     reason = error.orig if isinstance(error, DatabaseError) else error
-    message = (
-        f"the catalog cannot be used ({reason}): free space or mend permissions in [mirror] state; "
-        "`tinker-sync reindex` rebuilds it from the tree"
-    )
-    return CatalogUnusable(message)
+    if getattr(reason, "sqlite_errorname", "").startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
+        return CatalogDamaged(f"the catalog is damaged ({reason}): `tinker-sync reindex` rebuilds it from the tree")
+    return CatalogUnusable(f"the catalog cannot be used ({reason}): look at space and permissions in [mirror] state")
 
 
 def _insert(connection: Connection, table: Any, rows: list[dict[str, Any]]) -> None:

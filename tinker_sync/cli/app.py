@@ -6,7 +6,7 @@ credential refused, or no listing could be proven; 4 another process holds the r
 
 from __future__ import annotations
 
-import os
+import gc
 import signal
 import sys
 from dataclasses import dataclass
@@ -116,6 +116,9 @@ class Interrupted(BaseException):
 def run_async(work: Coroutine[Any, Any, int]) -> NoReturn:
     """Run a command's coroutine; SIGINT and SIGTERM cancel it, so that everything is cleaned up, then exit 128 + n."""
     import asyncio  # noqa: PLC0415
+
+    gc.freeze()
+    gc.enable()
 
     async def main() -> int:
         task = asyncio.current_task()
@@ -294,30 +297,26 @@ def _above(reporter: Any) -> Any:
     return (lambda: console.file) if console is not None else None
 
 
-def _exit_on_signal(number: int, _: object) -> None:
-    raise SystemExit(128 + number)
-
-
 def run() -> int:
     """Run the command line; every error that a user can cause ends here as words and an exit code."""
     from tinker_sync.cli import remote  # noqa: PLC0415 - registers itself with `app`
 
     if "remote" not in {group.name for group in app.registered_groups}:
         app.add_typer(remote.app, name="remote")
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _exit_on_signal)
     try:
         app(prog_name="tinker-sync")
     except TinkerSyncError as error:
-        for line in str(error).splitlines():
-            render.warn(f"tinker-sync: {line}")
-        return error.exit_code
-    except BrokenPipeError:
-        # The reader of our output has gone (`| head`): nothing is wrong.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return _give_up(str(error), error.exit_code)
     except OSError as error:
-        where = f" {error.filename}" if error.filename else ""
-        render.warn(f"tinker-sync:{where}: {error.strerror or error}")
-        return 1
+        where = f"{error.filename}: " if error.filename else ""
+        return _give_up(f"{where}{error.strerror or error}", 1)
     return 0
+
+
+def _give_up(message: str, exit_code: int) -> int:
+    """The whole command failed: words on stderr, and with `--json` still one document on stdout."""
+    for line in message.splitlines():
+        render.warn(f"tinker-sync: {line}")
+    if "--json" in sys.argv:
+        render.print_json({"error": message, "exit_code": exit_code})
+    return exit_code

@@ -147,4 +147,5 @@ async def _stay(sandbox: Sandbox, home: Path) -> None:
 
 
 def _say(text: str) -> None:
-    render.say("\n" + text)
+    render.say("")
+    render.say(text)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from tinker_sync.cli import render
-from tinker_sync.errors import TinkerSyncError
+from tinker_sync.errors import ConfigInvalid, FixFirst, TinkerSyncError
 from tinker_sync.model.moments import parse_time, rfc3339
 from tinker_sync.model.work import Trouble
 
@@ -110,9 +112,9 @@ def _tell_status(document: dict[str, Any]) -> None:
     last = document["last_pass"]
     bad = document["failing"] + document["quarantined"] + document["damaged"]
     soon = len(document["expiring_unmirrored"])
-    if last is None:
+    if last is None and not document["replicas"]:
         render.say("nothing was mirrored here yet: run `tinker-sync sync`")
-    elif last["service_error"]:
+    elif last is not None and last["service_error"]:
         render.say(f"NOT WELL: the last pass ended with: {last['service_error']}")
     elif bad or soon:
         render.say(
@@ -148,6 +150,9 @@ def list_replicas(settings: Settings, run: str, *, as_json: bool) -> int:
     """Replicas of one run, or of all."""
     from tinker_sync.wiring import open_catalog_for_reading  # noqa: PLC0415
 
+    if not run.isprintable() or run.encode(errors="ignore") != run.encode(errors="replace"):
+        message = f"{run!a} is no training run"
+        raise FixFirst(message)
     prefix = run if run.startswith("tinker://") else f"tinker://{run}"
     with open_catalog_for_reading(settings) as catalog:
         replicas = catalog.replicas(prefix if run else "")
@@ -198,7 +203,7 @@ def show_path(settings: Settings, path: TinkerPath, *, as_json: bool) -> int:
     if as_json:
         render.print_json(_as_json(settings, found[0]))
     else:
-        render.say(str(settings.root / found[0].directory))
+        typer.echo(str(settings.root / found[0].directory))  # exactly, whatever characters it has
     return 0
 
 
@@ -235,6 +240,10 @@ def check_config(settings: Settings, explicit: Path | None, *, as_json: bool) ->
     from tinker_sync.config import find_config  # noqa: PLC0415
 
     path = find_config(explicit)
+    key_file = settings.api_key_file
+    if key_file is not None and not key_file.exists():
+        message = f"{path or 'the environment'}: [tinker] api_key_file: {key_file} does not exist"
+        raise ConfigInvalid(message)
     if as_json:
         document = settings.model_dump(mode="json")
         render.print_json(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import shutil
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +18,12 @@ if TYPE_CHECKING:
 
 def print_json(document: object) -> None:
     """One document on stdout."""
-    typer.echo(json.dumps(document, indent=2, ensure_ascii=False))
+    text = json.dumps(document, indent=2, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        text = json.dumps(document, indent=2)
+    _write(text)
 
 
 def size(number: float) -> str:
@@ -51,18 +59,30 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
         column.overflow = "fold"
     for row in rows:
         grid.add_row(*(Text(printable(str(cell))) for cell in row))
-    width = None if sys.stdout.isatty() else 240
-    Console(width=width, highlight=False, soft_wrap=False).print(grid)
+    on_terminal = sys.stdout.isatty()
+    width = shutil.get_terminal_size().columns if on_terminal else 240
+    text = io.StringIO()
+    Console(width=width, highlight=False, file=text, force_terminal=on_terminal).print(grid)
+    _write(text.getvalue().rstrip("\n"))
 
 
 def printable(text: str) -> str:
     """Without control characters: a checkpoint's name must not be able to drive a terminal."""
-    return "".join(character if character.isprintable() or character == "\n" else "\ufffd" for character in text)
+    return "".join(character if character.isprintable() else "\ufffd" for character in text)
 
 
 def say(text: str) -> None:
     """A line for people on stdout."""
-    typer.echo(printable(text))
+    _write(printable(text))
+
+
+def _write(text: str) -> None:
+    """A reader that has gone (`| head`) ends no work: the rest is for nobody."""
+    try:
+        typer.echo(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def warn(text: str) -> None:

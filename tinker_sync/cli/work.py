@@ -93,8 +93,14 @@ async def verify(settings: Settings, paths: Sequence[TinkerPath], *, repair: boo
             if current:
                 async with open_mirror(settings, service, root, Silent()) as mirror:
                     outcome = await mirror.fetch([replica.path for replica in current])
-                repaired = list(outcome.transferred)
                 failed = {path: error for path, (error, _) in outcome.failed.items()}
+                for replica in current:
+                    if replica.path in failed or replica.path not in outcome.transferred:
+                        continue
+                    if root.tree.manifest(replica.directory).identity == replica.identity:
+                        repaired.append(replica.path)
+                    else:
+                        failed[replica.path] = "upstream is another object now: copied as new, this one kept aside"
     return _tell_verified(result, repaired, failed, as_json=as_json)
 
 

@@ -29,7 +29,8 @@ from tinker_sync.destination.files import (
 )
 from tinker_sync.destination.readback import check_replica, read_manifest
 from tinker_sync.destination.root import STATE_DIRECTORY
-from tinker_sync.errors import DiskTrouble
+from tinker_sync.errors import DiskTrouble, TransferFailed
+from tinker_sync.model.documents import json_bytes
 from tinker_sync.model.evidence import Defect, Kind
 from tinker_sync.model.manifest import Manifest, ManifestInvalid
 from tinker_sync.model.moments import compact, parse_time, rfc3339
@@ -111,7 +112,7 @@ class LocalTree:
                 base = _whole_stage(home)
                 if base is not None:
                     manifest, _ = read_manifest(base)
-                    with suppress(DiskTrouble):
+                    with suppress(TransferFailed):
                         committed.append(self.place(base, manifest, home, repairs=True))
                 _remove_tree(home)
             for leftover in self.area("trash").glob("*.part"):
@@ -196,7 +197,7 @@ class LocalTree:
             directory = self.root / self._free_name(self.root, run_id)
             for parent in make_directories(directory, mode=self._options.dir_mode):
                 fsync_directory(parent)
-            content = (json.dumps(facts, indent=1, ensure_ascii=False) + "\n").encode()
+            content = json_bytes(facts)
             with suppress(FileNotFoundError):
                 if (directory / RUN_FILE).read_bytes() == content:
                     return
@@ -227,10 +228,22 @@ class LocalTree:
         except (OSError, ManifestInvalid) as error:
             problem = str(error)
         else:
-            return self._as_replica(directory, manifest, digest, superseded=superseded)
+            if self._belongs(relative, manifest.tinker_path):
+                return self._as_replica(directory, manifest, digest, superseded=superseded)
+            problem = f"its manifest is of {manifest.tinker_path}: a copy, or moved here; move it out of the mirror"
         run, segment, name = (_readable(part) for part in Path(relative).parts)
         defect = Defect(Kind.CONTENT, problem, MANIFEST_NAME)
-        return Damage(TinkerPath(run, segment, name), relative, (defect,))
+        shown = relative.encode(errors="backslashreplace").decode()
+        return Damage(TinkerPath(run, segment, name), shown, (defect,))
+
+    def _belongs(self, relative: str, path: TinkerPath) -> bool:
+        """Whether a directory is one that this path can have."""
+        portable = self._options.portable_names
+        for part, true in zip(Path(relative).parts, (path.run_id, path.segment, path.name), strict=True):
+            plain = _readable(part)
+            if plain not in (encode_component(true, portable=portable), hashed_component(true, portable=portable)):
+                return False
+        return True
 
     def _as_replica(self, directory: Path, manifest: Manifest, digest: str, *, superseded: bool) -> Replica:
         return Replica(
@@ -380,10 +393,12 @@ class LocalStage:
                     "quarantined_at": rfc3339(self._tree.now()),
                     "defects": [str(defect) for defect in defects],
                 }
-                write_new(self._home / _NOTES, (json.dumps(notes, indent=1) + "\n").encode(), mode=0o600)
+                write_new(self._home / _NOTES, json_bytes(notes), mode=0o600)
                 _fsync_directories(self._home)
                 earlier = [
-                    failure.quarantine for failure in self._tree.quarantined() if str(failure.path) == str(self._path)
+                    failure.quarantine
+                    for failure in self._tree.quarantined()
+                    if failure.path == self._path and failure.identity.matches(identity)
                 ]
                 target = area / self._home.name
                 os.rename(self._home, target)
@@ -437,12 +452,13 @@ def _remove_tree(path: Path) -> None:
             os.chmod(os.path.dirname(name), 0o700)
             function(name)
 
-    with suppress(OSError):
+    with suppress(OSError, RecursionError):
         shutil.rmtree(path, ignore_errors=False, onerror=lambda f, n, e: make_writable(f, n, e[1]))
 
 
 def _readable(component: str) -> str:
-    return component.partition("@")[0]
+    """A directory's name without the time of a superseded version, and printable whatever bytes it has."""
+    return component.partition("@")[0].encode(errors="backslashreplace").decode()
 
 
 def _as_failure(notes: dict[str, Any], directory: str) -> Failure:

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Self
 
@@ -30,7 +31,11 @@ class RootLock:
         self._descriptor = -1
 
     def __enter__(self) -> Self:
-        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except OSError as error:
+            message = f"{self._path} cannot be opened: {error.strerror}; it must be writable by this user"
+            raise FixFirst(message) from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -46,14 +51,16 @@ class RootLock:
             raise FixFirst(message) from error
         self._descriptor = descriptor
         note = {"pid": os.getpid(), "command": self._command, "since": rfc3339(datetime.now(UTC)), "control": None}
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, (json.dumps(note) + "\n").encode(), 0)
+        with suppress(OSError):  # the note is for people; a full disk must not take the lock away
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, (json.dumps(note) + "\n").encode(), 0)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        os.ftruncate(self._descriptor, 0)
+        with suppress(OSError):
+            os.ftruncate(self._descriptor, 0)
         os.close(self._descriptor)
         self._descriptor = -1
 

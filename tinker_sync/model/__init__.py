@@ -6,5 +6,6 @@
 - `evidence`: `Claim`, `SeenFile`, `Defect`: what was promised, seen, and wrong.
 - `names`: how a tinker path becomes a directory, and back.
 - `work`: `Transfer` and what became of it.
+- `documents`: JSON as it stands in files.
 - `moments`: RFC 3339 and aware UTC.
 """

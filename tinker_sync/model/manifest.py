@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tinker_sync.model.checkpoint import Identity
+from tinker_sync.model.documents import json_bytes
 from tinker_sync.model.moments import parse_time, rfc3339
 from tinker_sync.model.paths import PathInvalid, PayloadPath, TinkerPath
 
@@ -91,7 +92,7 @@ class Manifest:
             "committed_at": rfc3339(self.committed_at),
             "tool_version": self.tool_version,
         }
-        return (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode()
+        return json_bytes(document)
 
     @classmethod
     def from_bytes(cls, content: bytes) -> Manifest:

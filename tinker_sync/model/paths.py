@@ -10,7 +10,7 @@ from __future__ import annotations
 import unicodedata
 from dataclasses import dataclass
 from typing import Final
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
 TYPE_OF_SEGMENT: Final = {"weights": "training", "sampler_weights": "sampler", "external_weights": "external"}
 SEGMENT_OF_TYPE: Final = {kind: segment for segment, kind in TYPE_OF_SEGMENT.items()}
@@ -20,6 +20,7 @@ MANIFEST_NAME: Final = ".tinker-sync.json"
 _SCHEME: Final = "tinker://"
 _MAX_COMPONENT_BYTES: Final = 255
 _MAX_PATH_BYTES: Final = 4000
+_MAX_DEPTH: Final = 64
 
 
 class PathInvalid(ValueError):
@@ -103,6 +104,9 @@ class PayloadPath:
         if not parts:
             message = f"empty name {text!r}"
             raise PathInvalid(message)
+        if len(parts) > _MAX_DEPTH:
+            message = f"name of {len(parts):,} components ({_MAX_DEPTH} is the most): {text[:60]!r}…"
+            raise PathInvalid(message)
         for part in parts:
             _check_component(part, text)
         if len(text.encode()) > _MAX_PATH_BYTES:
@@ -158,6 +162,14 @@ class SignedUrl:
 
     def __init__(self, url: str) -> None:
         self._url = url
+
+    @classmethod
+    def joined(cls, base: str, location: str) -> SignedUrl:
+        """A `Location` or URL of an answer, relative to what was asked; what is no URL keeps no scheme."""
+        try:
+            return cls(urljoin(base, location))
+        except ValueError:
+            return cls("")
 
     def reveal(self) -> str:
         """The URL itself, for the request that uses it."""

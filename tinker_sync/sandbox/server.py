@@ -68,7 +68,7 @@ class Sandbox:
         try:
             for handler, wanted in ((self._api, port), (self._storage, 0)):
                 app = web.Application(client_max_size=1 << 30)
-                app.router.add_route("*", "/{rest:.*}", _unless_left(handler))
+                app.router.add_route("*", r"/{rest:[\s\S]*}", _unless_left(handler))
                 runner = web.AppRunner(
                     app, access_log=None, handle_signals=False, handler_cancellation=True, shutdown_timeout=0.05
                 )
