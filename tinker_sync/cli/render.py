@@ -63,7 +63,7 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     width = shutil.get_terminal_size().columns if on_terminal else 240
     text = io.StringIO()
     Console(width=width, highlight=False, file=text, force_terminal=on_terminal).print(grid)
-    _write(text.getvalue().rstrip("\n"))
+    _write("\n".join(line.rstrip() for line in text.getvalue().rstrip().splitlines()))
 
 
 def printable(text: str) -> str:
