@@ -276,7 +276,7 @@ class Mirror:
         for skip in plan.skipped:
             self.result.skipped.setdefault(skip.path, skip.reason)
         for failure in plan.waiting:
-            self.result.failed.setdefault(failure.path, (failure.error, rfc3339(failure.retry_at)))
+            self.result.failed.setdefault(failure.path, (failure.error, rfc3339(failure.retry_at.replace(microsecond=0))))
 
     def _note_repair(self, path: TinkerPath, known: Known) -> None:
         replica = known.replicas.get(path)
@@ -528,12 +528,12 @@ class Mirror:
         self._failures[transfer.path] = failure
         self._efforts.pop(transfer.path, None)
         await self._index(lambda: self._catalog.add_failure(failure))
-        self.result.failed[transfer.path] = (failure.error, rfc3339(failure.retry_at))
+        self.result.failed[transfer.path] = (failure.error, rfc3339(failure.retry_at.replace(microsecond=0)))
         log.error(
             "transfer.failed",
             checkpoint=str(transfer.path),
             error=failure.error,
-            retry_at=rfc3339(failure.retry_at),
+            retry_at=rfc3339(failure.retry_at.replace(microsecond=0)),
         )
 
     async def _save_pass(self) -> None:

@@ -91,7 +91,7 @@ def load(context: typer.Context) -> Settings:
     return load_settings(chosen.config, root=chosen.root)
 
 
-def load_with_logs(context: typer.Context, *, default_level: str | None = None, stream: Any = None) -> Settings:
+def load_with_logs(context: typer.Context, *, default_level: str | None = None) -> Settings:
     """The settings, with logging set up as they say; `default_level` is for commands that talk for themselves."""
     from tinker_sync.cli.logs import set_up_logging  # noqa: PLC0415
 
@@ -99,7 +99,7 @@ def load_with_logs(context: typer.Context, *, default_level: str | None = None, 
     chosen: Options = context.obj
     configured = settings.log.level if "level" in settings.log.model_fields_set else default_level
     level = chosen.log_level or configured or settings.log.level
-    set_up_logging(level, chosen.log_format or settings.log.format, stream or (lambda: sys.stderr))
+    set_up_logging(level, chosen.log_format or settings.log.format)
     for key in settings.without_effect():
         render.warn(f"note: {key} is set; this version does not act on it yet")
     return settings
@@ -154,7 +154,7 @@ def sync(context: typer.Context, *, json: JsonOption = False) -> None:
     from tinker_sync.cli import progress, work  # noqa: PLC0415
 
     with progress.reporter(quiet=json) as reporter:
-        settings = load_with_logs(context, stream=_above(reporter))
+        settings = load_with_logs(context, default_level=reporter.log_level)
         run_async(work.sync(settings, reporter, as_json=json))
 
 
@@ -170,7 +170,7 @@ def fetch(
 
     wanted = [parse_path(text) for text in paths]
     with progress.reporter(quiet=json) as reporter:
-        settings = load_with_logs(context, stream=_above(reporter))
+        settings = load_with_logs(context, default_level=reporter.log_level)
         run_async(work.fetch(settings, wanted, reporter, as_json=json))
 
 
@@ -289,12 +289,6 @@ def parse_path(text: str) -> Any:
         return TinkerPath.parse(text)
     except PathInvalid as error:
         raise FixFirst(str(error)) from error
-
-
-def _above(reporter: Any) -> Any:
-    """Log lines go above the progress bars where there are some."""
-    console = reporter.console
-    return (lambda: console.file) if console is not None else None
 
 
 def run() -> int:

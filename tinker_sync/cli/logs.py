@@ -14,14 +14,16 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, MutableMapping
-    from typing import TextIO
+    from collections.abc import MutableMapping
 
 _PRIORITY = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}
 
 
-def set_up_logging(level: str, style: str, stream: Callable[[], TextIO] = lambda: sys.stderr) -> None:
-    """`style` is `auto`, `console` or `json`."""
+def set_up_logging(level: str, style: str) -> None:
+    """`style` is `auto`, `console` or `json`.
+
+    `sys.stderr` is looked up for each line: while bars are drawn it is a proxy that puts lines above them.
+    """
     chosen = style if style != "auto" else "console" if sys.stderr.isatty() else "plain"
     processors: list[Any] = [
         structlog.contextvars.merge_contextvars,
@@ -45,7 +47,7 @@ def set_up_logging(level: str, style: str, stream: Callable[[], TextIO] = lambda
     structlog.configure(
         processors=processors,
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
-        logger_factory=lambda *_: structlog.PrintLogger(stream()),
+        logger_factory=lambda *_: structlog.PrintLogger(sys.stderr),
         cache_logger_on_first_use=False,
     )
 

@@ -31,6 +31,9 @@ _EVERY: Final = 10.0
 class Bars:
     """One bar for everything and one per transfer, the first few; redrawn four times a second."""
 
+    log_level = "warning"
+    """The bars tell what goes well."""
+
     def __init__(self) -> None:
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -49,11 +52,6 @@ class Bars:
         self._received = 0
         self._rows: dict[TinkerPath, TaskID] = {}
         self._bytes: dict[TinkerPath, int] = {}
-
-    @property
-    def console(self) -> Console:
-        """Where log lines go, so that they scroll above the bars."""
-        return self._progress.console
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -103,7 +101,7 @@ class Bars:
 class Lines:
     """A line every ten seconds while bytes come; the log has the rest."""
 
-    console: Console | None = None
+    log_level = "info"
 
     def __init__(self) -> None:
         self._total = 0
