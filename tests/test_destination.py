@@ -357,7 +357,7 @@ def test_latest_points_to_the_newest(tmp_path: Path) -> None:
 
 def prepared(root: Path, **changes: Any) -> Any:
     """A root as wiring prepares it."""
-    fields: dict[str, Any] = {"server": "https://s", "account": None, "portable_names": None, "must_be_mount": False}
+    fields: dict[str, Any] = {"server": "https://s", "account": None}
     return prepare_root(root, **(fields | changes))
 
 
@@ -371,6 +371,8 @@ def test_a_root_remembers_whose_it_is(tmp_path: Path) -> None:
         prepared(tmp_path / "r", account="bob")
     with pytest.raises(WrongRoot, match="mirrors https://s"):
         prepared(tmp_path / "r", server="https://other")
+    with pytest.raises(WrongRoot, match="state"):
+        prepared(tmp_path / "r", state=tmp_path / "elsewhere")
     (tmp_path / "r" / ".tinker-sync" / "root.json").write_text("{")
     with pytest.raises(WrongRoot, match="cannot be read"):
         prepared(tmp_path / "r")

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.conftest import NOW, hours, minutes
-from tinker_sync.integrity import head_wanted, judge_body, judge_content, read_claim
+from tinker_sync.integrity import head_wanted, judge_body, judge_content, judge_file, read_claim
 from tinker_sync.model.checkpoint import Checkpoint, Identity
 from tinker_sync.model.evidence import Claim, Kind, SeenBody, SeenFile
 from tinker_sync.model.manifest import FileEntry, Manifest, ManifestInvalid
@@ -180,8 +180,8 @@ def test_a_manifest_that_would_escape_is_invalid() -> None:
 def seen(name: str, content: bytes) -> SeenFile:
     """A file as the writer would have seen it."""
     path = PayloadPath.parse(name)
-    wanted = head_wanted(path, len(content), content[:8])
-    return SeenFile(path, len(content), hashlib.sha256(content).hexdigest(), content[:wanted])
+    head = content[: head_wanted(path, len(content), content[:8])]
+    return SeenFile(path, len(content), hashlib.sha256(content).hexdigest(), judge_file(path, len(content), head))
 
 
 def safetensors(header: object, data: bytes) -> bytes:

@@ -136,8 +136,9 @@ async def test_the_credential_never_follows_a_redirect(sandbox: Sandbox) -> None
             return web.Response(status=302, headers={"Location": f"{elsewhere}/x?sig=1", "Set-Cookie": "sid=1"})
 
         async with serving(redirect) as origin, ApiTransport(origin, KeyOnly("tml-secret")) as transport:
-            answer = await transport.call("GET", ("api", "v1", "x"))
-            assert (answer.status, seen) == (302, [])
+            with pytest.raises(ProtocolBroken, match=r"a redirect to 127\.0\.0\.1"):
+                await transport.call("DELETE", ("api", "v1", "x"))
+            assert seen == []
             async with StorageTransport() as storage:
                 assert await body_of(storage, f"{origin}/a") == b"bytes"
                 await body_of(storage, f"{elsewhere}/b")
@@ -388,6 +389,27 @@ async def test_an_answer_of_another_shape_is_said_to_be_one() -> None:
             await RestClient(transport).list_training_runs()
         with pytest.raises(ProtocolBroken, match="checkpoints"):
             await RestClient(transport).list_user_checkpoints()
+
+
+async def test_a_cut_answer_is_asked_for_again() -> None:
+    """Half an answer is no answer: one more request, within the same deadline."""
+    asked = []
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        asked.append(1)
+        response = web.StreamResponse(headers={"Content-Type": "application/json", "Content-Length": "20"})
+        await response.prepare(request)
+        await response.write(b'{"checkpoints":')
+        if len(asked) == 1:
+            assert request.transport is not None
+            request.transport.abort()
+        else:
+            await response.write(b" [] }")
+        return response
+
+    async with serving(handler) as origin, ApiTransport(origin, None) as transport:
+        await RestClient(transport).list_user_checkpoints()
+    assert len(asked) == 2
 
 
 async def test_publish_says_already_so(sandbox: Sandbox) -> None:

@@ -376,7 +376,8 @@ class Settings(BaseSettings):
         default = Settings.model_construct()
         pending = {
             "retention": ("enforce", "remote", "local"),
-            "mirror": ("max_bytes", "extend_ttl"),
+            "mirror": ("max_bytes", "extend_ttl", "extend_ttl_max", "verify_every"),
+            "poll": ("full_interval",),
             "transfer": ("bandwidth",),
             "hooks": ("committed", "deleted", "failed"),
             "notify": ("urls", "heartbeat_url"),
@@ -388,6 +389,23 @@ class Settings(BaseSettings):
             for key in keys
             if getattr(getattr(self, section), key) != getattr(getattr(default, section), key)
         ]
+
+
+class FileSettings(Settings):
+    """Settings that the environment does not touch: the demo's must not lead into a real mirror."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """What is given, and nothing else."""
+        del settings_cls, env_settings, dotenv_settings, file_secret_settings
+        return (init_settings,)
 
 
 def _longer_than_zero(value: timedelta) -> timedelta:

@@ -24,8 +24,7 @@ TinkerSyncError
     ├── Defective               the bytes are not what was promised; carries every defect
     ├── NotTransferable         this server hands it out in no way that we may use
     ├── NoSpace                 the disk is full, or would be; stops downloads, not the program
-    ├── DiskTrouble             EIO, a failed fsync, a read-only filesystem
-    └── Superseded              it was replaced or removed upstream while it was copied
+    └── DiskTrouble             EIO, a failed fsync, a read-only filesystem
 
 Messages say what is wrong, where, and what to do. They never hold a credential or a signed URL.
 """
@@ -104,11 +103,12 @@ class ProtocolBroken(ServiceTrouble):
 
 
 class RequestRefused(TinkerSyncError):
-    """The service will not do this one request. `status` is the HTTP status."""
+    """The service will not do this one request. `status` is the HTTP status, `retry_after` seconds, where said."""
 
-    def __init__(self, message: str, *, status: int) -> None:
+    def __init__(self, message: str, *, status: int, retry_after: float | None = None) -> None:
         super().__init__(message)
         self.status = status
+        self.retry_after = retry_after
 
 
 class BadIdentifier(RequestRefused):
@@ -139,10 +139,6 @@ class AlreadySo(RequestRefused):
 
 class BeingMade(RequestRefused):
     """503, 425 or 409 of an archive: it is being built; ask again after `retry_after` seconds, if said."""
-
-    def __init__(self, message: str, *, status: int, retry_after: float | None = None) -> None:
-        super().__init__(message, status=status)
-        self.retry_after = retry_after
 
 
 class TransferFailed(TinkerSyncError):
@@ -187,7 +183,3 @@ class NoSpace(TransferFailed):
 
 class DiskTrouble(TransferFailed):
     """EIO, a failed fsync, a read-only filesystem."""
-
-
-class Superseded(TransferFailed):
-    """The checkpoint was replaced or removed upstream while it was copied."""

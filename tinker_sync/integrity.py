@@ -25,7 +25,7 @@ ADAPTER_CONFIG: Final = "adapter_config.json"
 
 _SAFETENSORS_HEADER_LIMIT: Final = 100_000_000
 """The format's own limit (safetensors, `MAX_HEADER_SIZE`)."""
-_EXAMINED_HEADER_LIMIT: Final = 32 * 1024 * 1024
+_EXAMINED_HEADER_LIMIT: Final = 16 * 1024 * 1024
 """Larger headers are only checked for their length: memory stays bounded."""
 _NO_SIZE: Final = 1 << 63
 """Larger than any file; numbers of a header are not computed with beyond it."""
@@ -41,7 +41,7 @@ _DTYPE_BYTES: Final = {
 
 
 def head_wanted(path: PayloadPath, size: int, first: bytes) -> int:
-    """How many of a file's first bytes `judge_content` needs, given at least the first 8 of them (or all)."""
+    """How many of a file's first bytes `judge_file` needs, given at least the first 8 of them (or all)."""
     if path.name.endswith(".safetensors"):
         if len(first) < 8:
             return 8
@@ -134,50 +134,49 @@ def judge_content(
         what = "no optimizer state: the server gave the sampler checkpoint of the same name"
         defects.append(Defect(Kind.CONTENT, what))
     for seen in files:
-        if seen.path.name.endswith(".safetensors"):
-            defects += _judge_safetensors(seen)
-        elif seen.path.name == ADAPTER_CONFIG:
-            defects += _judge_adapter_config(seen)
+        defects += seen.findings
     return defects
 
 
-def _judge_adapter_config(seen: SeenFile) -> list[Defect]:
-    where = str(seen.path)
-    if seen.size > len(seen.head):
-        return [Defect(Kind.CONTENT, f"{seen.size:,} bytes are too many for a configuration", where)]
+def judge_file(path: PayloadPath, size: int, head: bytes) -> tuple[Defect, ...]:
+    """What a file's first bytes (as many as `head_wanted` asked for) say about the whole."""
+    where = str(path)
+    if path.name.endswith(".safetensors"):
+        faults = _safetensors_faults(size, head)
+    elif path.name == ADAPTER_CONFIG:
+        faults = _configuration_faults(size, head)
+    else:
+        faults = []
+    return tuple(Defect(Kind.CONTENT, fault, where) for fault in faults)
+
+
+def _configuration_faults(size: int, head: bytes) -> list[str]:
+    if size > len(head):
+        return [f"{size:,} bytes are too many for a configuration"]
     try:
-        document = json.loads(seen.head)
+        document = json.loads(head)
     except (ValueError, RecursionError) as error:
-        return [Defect(Kind.CONTENT, f"does not parse as JSON: {error}", where)]
-    if not isinstance(document, dict):
-        return [Defect(Kind.CONTENT, "is JSON, but not an object", where)]
-    return []
+        return [f"does not parse as JSON: {error}"]
+    return [] if isinstance(document, dict) else ["is JSON, but not an object"]
 
 
-def _judge_safetensors(seen: SeenFile) -> list[Defect]:
+def _safetensors_faults(size: int, head: bytes) -> list[str]:
     """Header, offsets contiguous and covering, total length, by the format's description.
 
     Source: https://github.com/huggingface/safetensors#format. Unknown dtypes pass: only their size is not checked.
     """
-    where = str(seen.path)
-
-    def defect(what: str) -> list[Defect]:
-        return [Defect(Kind.CONTENT, what, where)]
-
-    if seen.size < 8 or len(seen.head) < 8:
-        return defect(f"{seen.size} bytes are too few for safetensors")
-    length = int.from_bytes(seen.head[:8], "little")
-    if length > _SAFETENSORS_HEADER_LIMIT or 8 + length > seen.size:
-        return defect(f"its header claims {length:,} bytes, the file has {seen.size:,}")
+    if size < 8 or len(head) < 8:
+        return [f"{size} bytes are too few for safetensors"]
+    length = int.from_bytes(head[:8], "little")
+    if length > _SAFETENSORS_HEADER_LIMIT or 8 + length > size:
+        return [f"its header claims {length:,} bytes, the file has {size:,}"]
     if length > _EXAMINED_HEADER_LIMIT:
         return []
     try:
-        header = json.loads(seen.head[8 : 8 + length])
+        header = json.loads(head[8 : 8 + length])
     except (ValueError, RecursionError) as error:
-        return defect(f"its header does not parse: {error}")
-    if not isinstance(header, dict):
-        return defect("its header is no object")
-    return [Defect(Kind.CONTENT, what, where) for what in _tensor_faults(header, seen.size - 8 - length)]
+        return [f"its header does not parse: {error}"]
+    return _tensor_faults(header, size - 8 - length) if isinstance(header, dict) else ["its header is no object"]
 
 
 def _tensor_faults(header: dict[str, Any], data_bytes: int) -> list[str]:

@@ -13,7 +13,7 @@ import asyncio
 import random
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
@@ -171,6 +171,7 @@ class Mirror:
         self._running: dict[TinkerPath, Transfer] = {}
         self._changed = asyncio.Event()
         self._served = ServedRecord()
+        self._obeys_served = True
         self._full = False
         self._pauses = 0
         self._paused_until = 0.0
@@ -186,12 +187,15 @@ class Mirror:
         """
         begun = self._clock.monotonic()
         self._served = await self._index(self._catalog.served)
-        await self._poll()
         try:
+            await self._poll()
             async with asyncio.TaskGroup() as group:
                 polling = group.create_task(self._poll_on())
                 await self._work()
                 polling.cancel()
+        except ServiceTrouble as error:
+            self.result.service_error = str(error)
+            raise
         except BaseExceptionGroup as several:
             raise _first_of(several) from None
         finally:
@@ -205,6 +209,7 @@ class Mirror:
         Raises ServiceTrouble.
         """
         begun = self._clock.monotonic()
+        self._obeys_served = False
         known = await self._index(self._catalog.known)
         for run_id in dict.fromkeys(path.run_id for path in paths):
             with suppress(NotFound):
@@ -253,7 +258,10 @@ class Mirror:
         await self._index(lambda: self._catalog.observe(found.checkpoints, found.seen_at, complete=complete))
         known = await self._index(self._catalog.known)
         self._note_listing(found)
-        plan = plan_transfers(found.checkpoints, known, self._settings.selection, now=now, bytes_per_second=self._rate)
+        planning = partial(
+            plan_transfers, found.checkpoints, known, self._settings.selection, now=now, bytes_per_second=self._rate
+        )
+        plan = await self._index(planning)
         shown = {checkpoint.path: checkpoint for checkpoint in found.checkpoints}
         unseen = [] if complete else [waiting for waiting in self._queue.pending() if waiting.path not in shown]
         self._rows = shown if complete else self._rows | shown
@@ -261,22 +269,28 @@ class Mirror:
         for transfer in plan.transfers:
             self._note_repair(transfer.path, known)
         self._note_plan(plan)
-        fresh = [transfer for transfer in plan.transfers if transfer.path not in self.result.failed]
-        self._queue.offer([*fresh, *unseen])  # absence from a sighting takes nothing out of the queue
+        if self.result.service_error is not None:
+            return
+        self._full = False
+        self._queue.offer([*plan.transfers, *unseen])  # absence from a sighting takes nothing out of the queue
         self._reporter.planned(len(self._queue.pending()), sum(t.size_bytes or 0 for t in self._queue.pending()))
 
     def _note_listing(self, found: Listing | Sighting) -> None:
-        self.result.listed = len(found.checkpoints)
-        self.result.complete = isinstance(found, Listing)
-        self.result.doubts = () if isinstance(found, Listing) else found.doubts
-        for doubt in self.result.doubts:
+        if isinstance(found, Listing):
+            self.result.listed, self.result.complete, self.result.doubts = len(found.checkpoints), True, ()
+            return
+        for doubt in found.doubts:
             log.warning("listing.unproven", doubt=doubt)
+        if not self.result.complete:  # a later doubt takes nothing from a proof
+            self.result.listed, self.result.doubts = len(found.checkpoints), found.doubts
 
     def _note_plan(self, plan: TransferPlan) -> None:
         for skip in plan.skipped:
-            self.result.skipped.setdefault(skip.path, skip.reason)
+            if skip.path not in self.result.failed:
+                self.result.skipped.setdefault(skip.path, skip.reason)
         for failure in plan.waiting:
-            self.result.failed.setdefault(failure.path, (failure.error, rfc3339(failure.retry_at.replace(microsecond=0))))
+            if failure.path not in self.result.failed:
+                self._note_failed(failure.path, failure.error, failure.retry_at)
 
     def _note_repair(self, path: TinkerPath, known: Known) -> None:
         replica = known.replicas.get(path)
@@ -336,7 +350,7 @@ class Mirror:
             return True
         if transfer.path.checkpoint_type == "external":
             return False
-        if self._served.server_refuses(self._clock.now()):
+        if self._obeys_served and not self._served.may_ask(self._clock.now()):
             self._queue.done(transfer)
             reason = "this server hands out no archives (asked again every 6 hours)"
             self.result.skipped[transfer.path] = reason
@@ -462,10 +476,8 @@ class Mirror:
         self.result.service_error = str(error)
         self._queue.done(transfer)
         for waiting in (transfer, *self._queue.pending()):
-            self.result.failed[waiting.path] = (str(error), None)
-        self._queue.offer(())
-        while (deferred := self._queue.claim(lambda _: True)) is not None:
-            self._queue.done(deferred)
+            self._note_failed(waiting.path, str(error), None)
+        self._queue.clear()
 
     async def _not_served(self, transfer: Transfer, error: RequestRefused) -> None:
         """404, 405, 410, 501: gone meanwhile, or never to be had from this server."""
@@ -488,8 +500,9 @@ class Mirror:
                 )
             )
         )
-        self._served.add_refusal(path, now)
-        await self._index(partial(self._catalog.save_served, self._served))
+        if path.checkpoint_type != "external":  # those come another way, and say nothing about archives
+            self._served.add_refusal(path, now)
+            await self._index(partial(self._catalog.save_served, self._served))
         self.result.skipped[path] = reason
         log.warning("transfer.not_served", checkpoint=str(path), status=error.status)
 
@@ -528,7 +541,7 @@ class Mirror:
         self._failures[transfer.path] = failure
         self._efforts.pop(transfer.path, None)
         await self._index(lambda: self._catalog.add_failure(failure))
-        self.result.failed[transfer.path] = (failure.error, rfc3339(failure.retry_at.replace(microsecond=0)))
+        self._note_failed(transfer.path, failure.error, failure.retry_at)
         log.error(
             "transfer.failed",
             checkpoint=str(transfer.path),
@@ -536,24 +549,35 @@ class Mirror:
             retry_at=rfc3339(failure.retry_at.replace(microsecond=0)),
         )
 
+    def _note_failed(self, path: TinkerPath, error: str, retry_at: datetime | None) -> None:
+        self.result.skipped.pop(path, None)
+        self.result.failed[path] = (error, None if retry_at is None else rfc3339(retry_at.replace(microsecond=0)))
+
     async def _save_pass(self) -> None:
-        result = self.result
-        summary = {
-            "at": rfc3339(self._clock.now()),
-            "listed": result.listed,
-            "complete": result.complete,
-            "transferred": len(result.transferred),
-            "failed": len(result.failed),
-            "skipped": len(result.skipped),
-            "bytes": result.bytes,
-            "seconds": round(result.seconds, 3),
-            "service_error": result.service_error,
-        }
         with suppress(TinkerSyncError):
-            await self._index(lambda: self._catalog.save_pass(summary))
+            await self._index(lambda: self._catalog.save_pass(_summary(self.result, self._clock.now())))
 
     async def _index(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._indexer, work)
+
+
+def failed_pass(error: ServiceTrouble) -> dict[str, object]:
+    """What `status` is to say of a pass that could not even begin."""
+    return _summary(PassResult(service_error=str(error)), datetime.now(UTC))
+
+
+def _summary(result: PassResult, now: datetime) -> dict[str, object]:
+    return {
+        "at": rfc3339(now),
+        "listed": result.listed,
+        "complete": result.complete,
+        "transferred": len(result.transferred),
+        "failed": len(result.failed),
+        "skipped": len(result.skipped),
+        "bytes": result.bytes,
+        "seconds": round(result.seconds, 3),
+        "service_error": result.service_error,
+    }
 
 
 def _as_bug(error: Exception) -> TransferFailed:

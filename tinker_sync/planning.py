@@ -32,6 +32,8 @@ FIRST_RETRY: Final = timedelta(minutes=1)
 LONGEST_RETRY: Final = timedelta(hours=6)
 NOT_SERVED_RETRY: Final = timedelta(hours=24)
 
+PROBE_EVERY: Final = timedelta(hours=6)
+
 _NEVER_EXPIRES: Final = 4_000_000_000_000_000_000
 _TOO_LATE: Final = 8_000_000_000_000_000_000
 
@@ -234,9 +236,20 @@ class ServedRecord:
         self.refused.clear()
         self.last_success = now
 
+    def may_ask(self, now: datetime) -> bool:
+        """Whether to ask for an archive; of a server that refuses, one question every 6 hours, which this counts."""
+        if self.server_refuses(now):
+            return False
+        if self._many_refused(now):
+            self.last_probe = now
+        return True
+
     def server_refuses(self, now: datetime) -> bool:
         """Whether to spare the server the question."""
+        return self._many_refused(now) and self.last_probe is not None and now - self.last_probe < PROBE_EVERY
+
+    def _many_refused(self, now: datetime) -> bool:
         if self.last_success is not None and now - self.last_success < NOT_SERVED_RETRY:
             return False
         recent = sum(1 for when in self.refused.values() if now - when < NOT_SERVED_RETRY)
-        return recent >= 5 and self.last_probe is not None and now - self.last_probe < timedelta(hours=6)
+        return recent >= 5

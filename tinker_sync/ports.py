@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager
     from datetime import datetime
 
@@ -290,10 +290,6 @@ class Catalog(Protocol):
         """A transfer failed."""
         ...
 
-    def forget_failures(self, paths: Iterable[TinkerPath]) -> None:
-        """They are gone upstream, or here now."""
-        ...
-
     def served(self) -> ServedRecord:
         """What was learnt about whether this server hands out archives."""
         ...
@@ -314,7 +310,10 @@ class Queue(Protocol):
     """Work to do, most urgent first. In memory today; a transfer is plain data, so that it can be a table."""
 
     def offer(self, transfers: Sequence[Transfer]) -> None:
-        """What is to be done now; replaces what waited, leaves what was claimed or deferred."""
+        """What is to be done now; replaces what waited, leaves what was claimed or deferred.
+
+        Another object under a path that was deferred takes its place; under one that was claimed, it comes next.
+        """
         ...
 
     def claim(self, accept: Callable[[Transfer], bool]) -> Transfer | None:
@@ -327,6 +326,10 @@ class Queue(Protocol):
 
     def done(self, transfer: Transfer) -> None:
         """A claimed one is over, whatever became of it."""
+        ...
+
+    def clear(self) -> None:
+        """Forget everything that waits."""
         ...
 
     def pending(self) -> tuple[Transfer, ...]:

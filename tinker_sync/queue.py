@@ -19,16 +19,26 @@ class MemoryQueue:
         self._monotonic = monotonic
         self._ready: list[Transfer] = []
         self._deferred: dict[TinkerPath, tuple[float, Transfer]] = {}
-        self._claimed: set[TinkerPath] = set()
+        self._claimed: dict[TinkerPath, Transfer] = {}
+        self._successors: dict[TinkerPath, Transfer] = {}
 
     def offer(self, transfers: Sequence[Transfer]) -> None:
-        """What is to be done now; replaces what waited, leaves what was claimed or deferred."""
-        kept = [
-            transfer
-            for transfer in transfers
-            if transfer.path not in self._claimed and transfer.path not in self._deferred
-        ]
-        self._ready = sorted(kept, key=_urgency, reverse=True)
+        """What is to be done now; replaces what waited, leaves what was claimed or deferred.
+
+        Another object under a path that was deferred takes its place; under one that was claimed, it comes next.
+        """
+        ready: list[Transfer] = []
+        for transfer in transfers:
+            path = transfer.path
+            if path in self._claimed:
+                if not self._claimed[path].identity.matches(transfer.identity):
+                    self._successors[path] = transfer
+            elif path not in self._deferred:
+                ready.append(transfer)
+            elif not self._deferred[path][1].identity.matches(transfer.identity):
+                del self._deferred[path]
+                ready.append(transfer)
+        self._ready = sorted(ready, key=_urgency, reverse=True)
 
     def claim(self, accept: Callable[[Transfer], bool]) -> Transfer | None:
         """The most urgent one that is ready and accepted."""
@@ -37,18 +47,31 @@ class MemoryQueue:
             transfer = self._ready[index]
             if accept(transfer):
                 del self._ready[index]
-                self._claimed.add(transfer.path)
+                self._claimed[transfer.path] = transfer
                 return transfer
         return None
 
     def defer(self, transfer: Transfer, seconds: float) -> None:
         """A claimed one goes back, ready after so many seconds."""
-        self._claimed.discard(transfer.path)
-        self._deferred[transfer.path] = (self._monotonic() + seconds, transfer)
+        self._claimed.pop(transfer.path, None)
+        successor = self._successors.pop(transfer.path, None)
+        if successor is not None:
+            self._add(successor)
+        else:
+            self._deferred[transfer.path] = (self._monotonic() + seconds, transfer)
 
     def done(self, transfer: Transfer) -> None:
         """A claimed one is over, whatever became of it."""
-        self._claimed.discard(transfer.path)
+        self._claimed.pop(transfer.path, None)
+        successor = self._successors.pop(transfer.path, None)
+        if successor is not None:
+            self._add(successor)
+
+    def clear(self) -> None:
+        """Forget everything that waits."""
+        self._ready.clear()
+        self._deferred.clear()
+        self._successors.clear()
 
     def pending(self) -> tuple[Transfer, ...]:
         """Everything that waits, deferred ones too."""
@@ -59,6 +82,10 @@ class MemoryQueue:
         if not self._deferred:
             return None
         return max(0.0, min(at for at, _ in self._deferred.values()) - self._monotonic())
+
+    def _add(self, transfer: Transfer) -> None:
+        self._ready.append(transfer)
+        self._ready.sort(key=_urgency, reverse=True)
 
     def _wake(self) -> None:
         now = self._monotonic()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
@@ -195,6 +196,7 @@ class _Intake:
         self.stage: Stage | None = None
 
     async def begin(self, expected_bytes: int | None) -> Stage:
+        await self.clean()  # another way of acquiring had begun before
         self.stage = await self.run(partial(self._destination.open_stage, self._transfer.path, expected_bytes))
         self._reporter.started(self._transfer, expected_bytes)
         return self.stage
@@ -232,5 +234,5 @@ def _without_top_directory(files: Sequence[SeenFile], name: str) -> tuple[list[S
     """
     if not files or not all(len(seen.path.parts) > 1 and seen.path.parts[0] == name for seen in files):
         return list(files), None
-    stripped = [type(seen)(seen.path.below(name), seen.size, seen.sha256, seen.head) for seen in files]
+    stripped = [replace(seen, path=seen.path.below(name)) for seen in files]
     return stripped, name

@@ -24,8 +24,8 @@ import ssl
 import time
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Protocol, Self
-from urllib.parse import quote, unquote_to_bytes
+from typing import TYPE_CHECKING, Any, Final, Protocol, Self, TypeVar
+from urllib.parse import quote, unquote_to_bytes, urlsplit
 
 import aiohttp
 import aiohttp.http_exceptions
@@ -38,7 +38,9 @@ from tinker_sync import errors
 from tinker_sync.model.paths import SignedUrl
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+
+T = TypeVar("T")
 
 MAX_ANSWER: Final = 64 * 1024 * 1024
 """The most that is read of an answer of the API, in bytes."""
@@ -46,6 +48,10 @@ ATTEMPTS: Final = 5
 RETRY_AFTER_MOST: Final = 60.0
 _BUFFER: Final = 512 * 1024
 _REDIRECTS: Final = 5
+_ROUTE_WORDS: Final = frozenset(
+    ("training_runs", "checkpoints", "archive", "publish", "ttl", "external_weights_urls", "weights_info", "sessions")
+)
+"""What makes a route, without the ids: a note about one is logged once."""
 _LOCATION: Final = b"x-location-not-followed"
 _RETRIED: Final = frozenset({408, 409, 429})
 
@@ -333,7 +339,6 @@ class ApiTransport:
         user_agent: str = "tinker-sync",
         extra_headers: Mapping[str, str] | None = None,
         connections: int = 16,
-        heard: Callable[[str, int], None] | None = None,
         deprecated: Callable[[str, str], None] | None = None,
     ) -> None:
         self._base = _checked_base(base_url)
@@ -343,7 +348,6 @@ class ApiTransport:
         self._client = _make_client(
             connections=connections, connect=min(timeout, 15.0), read=timeout, user_agent=user_agent
         )
-        self._heard = heard
         self._deprecated = deprecated
         self._noted: set[str] = set()
         self.last_date = ""
@@ -388,11 +392,23 @@ class ApiTransport:
         not a reason to try again. Raises ServiceTrouble and RequestRefused with words for every other outcome.
         """
         question = _Question(method, segments, params, body, authorized, headers or {}, final)
-        async with self._exchange(question) as response:
-            content = await self._read_whole(response)
-        answer = Answer(response.status_code, _lower(response.headers), content, str(response.url))
+
+        async def read() -> Answer:
+            response = await self._attempt(question, url)
+            try:
+                content = await self._read_whole(response)
+            finally:
+                await _close(response)
+            return Answer(response.status_code, _lower(response.headers), content, str(response.url))
+
+        url = self._url_of(question)
+        answer = await self._persist(question, read)
         if answer.status >= 400:
             raise self._refusal(answer, method, segments)
+        if answer.status >= 300:
+            where = urlsplit(answer.headers.get("location", "")).hostname or "nowhere"
+            message = f"{self.host} answered {answer.status}, a redirect to {where}: is [tinker] base_url right?"
+            raise errors.ProtocolBroken(message)
         return answer
 
     @asynccontextmanager
@@ -400,12 +416,21 @@ class ApiTransport:
         self, method: str, segments: Sequence[str], *, headers: Mapping[str, str], final: frozenset[int]
     ) -> AsyncIterator[tuple[Answer, StreamedBody | None]]:
         """Like `call`, but a 200 that is no JSON is given as a body that was not read yet."""
-        async with self._exchange(_Question(method, segments, headers=headers, final=final)) as response:
+        question = _Question(method, segments, headers=headers, final=final)
+        url = self._url_of(question)
+
+        async def attempt() -> httpx.Response:
+            return await self._attempt(question, url)
+
+        response = await self._persist(question, attempt)
+        try:
             kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
             if response.status_code == 200 and kind != "application/json" and not kind.startswith("text/"):
                 yield Answer(200, _lower(response.headers), b""), StreamedBody(response, self.host)
                 return
             content = await self._read_whole(response)
+        finally:
+            await _close(response)
         answer = Answer(response.status_code, _lower(response.headers), content, str(response.url))
         if answer.status >= 400:
             raise self._refusal(answer, method, segments)
@@ -419,51 +444,50 @@ class ApiTransport:
         if any(segment in ("", ".", "..") for segment in segments):
             message = "a name '.' or '..' is never put into a URL: on the way it would mean another object"
             raise errors.BadIdentifier(message, status=0)
-        raw = self._base.raw_path.rstrip(b"/") + b"/" + "/".join(quote(part, safe=":") for part in segments).encode()
+        quoted = [
+            quote(part, safe=":" if before == "training_runs" else "", errors="surrogateescape")
+            for before, part in zip(("", *segments), segments, strict=False)
+        ]
+        raw = self._base.raw_path.rstrip(b"/") + b"/" + "/".join(quoted).encode()
         url = self._base.copy_with(raw_path=raw)
         decoded = [unquote_to_bytes(part) for part in url.raw_path.split(b"/")][-len(segments) :]
-        if url.raw_path != raw or decoded != [segment.encode() for segment in segments]:
+        if url.raw_path != raw or decoded != [segment.encode(errors="surrogateescape") for segment in segments]:
             message = f"the path of {segments[-1]!r} would not arrive as it is meant; nothing was sent"
             raise errors.BadIdentifier(message, status=0)
         return url
 
-    @asynccontextmanager
-    async def _exchange(self, question: _Question) -> AsyncIterator[httpx.Response]:
+    def _url_of(self, question: _Question) -> httpx.URL:
         url = self._url(question.segments)
-        if question.params:
-            url = url.copy_merge_params(dict(question.params))
+        return url.copy_merge_params(dict(question.params)) if question.params else url
+
+    async def _persist(self, question: _Question, attempt: Callable[[], Awaitable[T]]) -> T:
+        """Retry by the SDK's rules under one deadline; the last answer counts, whatever it is."""
+        retrying = tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception_type((_TryAgain, errors.Unreachable)),
+            stop=tenacity.stop_after_attempt(ATTEMPTS) | tenacity.stop_before_delay(self._timeout),
+            wait=_wait,
+            reraise=True,
+        )
         deadline = 2 * self._timeout
         try:
             async with asyncio.timeout(deadline):
-                response = await self._send_until_answered(question, url)
+                return await retrying(attempt)
+        except _TryAgain as exhausted:
+            raise self._refusal(exhausted.answer, question.method, question.segments) from None
         except TimeoutError as error:
             message = f"{self.host} gave no answer within {deadline:.0f} s"
             raise errors.Unreachable(message) from error
+
+    async def _attempt(self, question: _Question, url: httpx.URL) -> httpx.Response:
+        """One request. Raises _TryAgain for an answer that is worth another one."""
+        response = await self._send_authorized(question, url)
+        if response.status_code in question.final or not _worth_retrying(response):
+            return response
         try:
-            yield response
+            content = await self._read_whole(response)
         finally:
             await _close(response)
-
-    async def _send_until_answered(self, question: _Question, url: httpx.URL) -> httpx.Response:
-        """Retry by the SDK's rules; the last answer counts, whatever it is."""
-
-        async def attempt() -> httpx.Response:
-            response = await self._send_authorized(question, url)
-            if response.status_code not in question.final and _worth_retrying(response):
-                raise _TryAgain(response)
-            return response
-
-        retrying = tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception_type((_TryAgain, errors.Unreachable)),
-            stop=tenacity.stop_after_attempt(ATTEMPTS) | tenacity.stop_after_delay(self._timeout),
-            wait=_wait,
-            before_sleep=_release,
-            reraise=True,
-        )
-        try:
-            return await retrying(attempt)
-        except _TryAgain as exhausted:
-            return exhausted.response
+        raise _TryAgain(Answer(response.status_code, _lower(response.headers), content, str(response.url)))
 
     async def _send_authorized(self, question: _Question, url: httpx.URL) -> httpx.Response:
         if not question.authorized or self._authorizer is None:
@@ -490,14 +514,12 @@ class ApiTransport:
             message = f"{self.host} cannot be reached ({_reason(error)})"
             raise errors.Unreachable(message) from None
         self.last_date = response.headers.get("date", "")
-        if self._heard is not None:
-            self._heard(question.method, response.status_code)
         self._note_deprecation(url, response)
         return response
 
     def _note_deprecation(self, url: httpx.URL, response: httpx.Response) -> None:
         note = response.headers.get("x-deprecation-note")
-        route = url.path.rsplit("/", 1)[-1]
+        route = "/".join(part for part in url.path.split("/") if part in _ROUTE_WORDS)
         if note and self._deprecated is not None and route not in self._noted:
             self._noted.add(route)
             self._deprecated(route, _one_line(note))
@@ -547,7 +569,8 @@ class ApiTransport:
         if status == 429 or status >= 500:
             message = f"{what}: the server is in trouble ({status}{said})"
             return errors.Overloaded(message, status=status, retry_after=retry_after(answer.headers))
-        return errors.RequestRefused(f"{what}: refused ({status}{said})", status=status)
+        message = f"{what}: refused ({status}{said})"
+        return errors.RequestRefused(message, status=status, retry_after=retry_after(answer.headers))
 
 
 class StorageTransport:
@@ -616,9 +639,9 @@ class StorageTransport:
 
 
 class _TryAgain(Exception):
-    def __init__(self, response: httpx.Response) -> None:
+    def __init__(self, answer: Answer) -> None:
         super().__init__()
-        self.response = response
+        self.answer = answer
 
 
 def _worth_retrying(response: httpx.Response) -> bool:
@@ -628,7 +651,7 @@ def _worth_retrying(response: httpx.Response) -> bool:
         return verdict == "true"
     status = response.status_code
     if status == 400:
-        return bool(response.headers.get("content-length") == "0")
+        return response.headers.get("content-length", "0") == "0" and "transfer-encoding" not in response.headers
     return status in _RETRIED or (status >= 500 and status != 501)
 
 
@@ -636,17 +659,11 @@ def _wait(state: tenacity.RetryCallState) -> float:
     """What the server asks for, up to 60 s; else 0.5 s doubling to 10 s, less up to a quarter of jitter."""
     error = state.outcome.exception() if state.outcome is not None else None
     if isinstance(error, _TryAgain):
-        asked = retry_after(_lower(error.response.headers))
+        asked = retry_after(error.answer.headers)
         if asked is not None:
             return asked
     delay = min(0.5 * 2.0 ** (state.attempt_number - 1), 10.0)
     return float(delay * (1 - 0.25 * random.random()))  # noqa: S311 - spreading load, not a secret
-
-
-async def _release(state: tenacity.RetryCallState) -> None:
-    error = state.outcome.exception() if state.outcome is not None else None
-    if isinstance(error, _TryAgain):
-        await _close(error.response)
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
@@ -661,9 +678,10 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
         seconds = float(text) / scale
     except ValueError:
         parsed = email.utils.parsedate_tz(text)
-        if parsed is None:
+        try:
+            seconds = email.utils.mktime_tz(parsed) - time.time() if parsed is not None else 0.0
+        except (ValueError, OverflowError):
             return None
-        seconds = email.utils.mktime_tz(parsed) - time.time()
     return seconds if 0 < seconds <= RETRY_AFTER_MOST else None
 
 

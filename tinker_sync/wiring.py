@@ -28,7 +28,7 @@ from tinker_sync.destination.files import make_directories
 from tinker_sync.destination.local import LocalTree, TreeOptions
 from tinker_sync.destination.lock import RootLock
 from tinker_sync.destination.mounts import is_network
-from tinker_sync.destination.root import RootFacts, prepare_root, read_facts
+from tinker_sync.destination.root import STATE_DIRECTORY, RootFacts, prepare_root, read_facts
 from tinker_sync.destination.space import SpaceLedger
 from tinker_sync.errors import WrongRoot
 from tinker_sync.model.work import Damage, Replica
@@ -109,6 +109,8 @@ async def open_service(settings: Settings) -> AsyncIterator[Service]:
         None,
         timeout=settings.tinker.timeout.total_seconds(),
         user_agent=USER_AGENT,
+        # Servers that send archives at once do so over these: there must be some left for questions.
+        connections=settings.transfer.connections + 8,
         extra_headers=access_headers(),
         deprecated=lambda route, note: log.warning("api.deprecated", route=route, note=note),
     ) as transport:
@@ -129,23 +131,37 @@ def open_root(settings: Settings, *, command: str, account: str | None = None) -
         root,
         server=settings.base_url,
         account=account,
+        state=_state_elsewhere(settings),
         portable_names=None if wanted == "auto" else wanted,
         must_be_mount=settings.mirror.must_be_mount,
+        dir_mode=settings.mirror.dir_mode,
     )
-    try:
-        make_directories(state, mode=0o700)
-    except OSError as error:
-        message = f"cannot make [mirror] state {state}: {error.strerror}"
-        raise WrongRoot(message) from error
+    _make_state(state)
     with RootLock(state / LOCK_FILE, command=command):
         tree = _tree(settings, facts)
         with _open_catalog(state, tree) as catalog:
+            if not catalog.bind(facts.root_id):
+                message = f"{state} holds the catalog of another root: give each root a [mirror] state of its own"
+                raise WrongRoot(message)
             for committed in tree.recover():
                 catalog.add_replica(committed.replica)
                 if committed.superseded is not None:
                     catalog.replace_superseded(committed.replica.path, committed.superseded)
                 log.info("stage.recovered", checkpoint=str(committed.replica.path))
             yield OpenRoot(tree, catalog, facts)
+
+
+def _state_elsewhere(settings: Settings) -> Path | None:
+    """The state directory, when it is not the one below the root."""
+    return None if settings.state == settings.root / STATE_DIRECTORY else settings.state
+
+
+def _make_state(state: Path) -> None:
+    try:
+        make_directories(state, mode=0o700)
+    except OSError as error:
+        message = f"cannot make [mirror] state {state}: {error.strerror}"
+        raise WrongRoot(message) from error
 
 
 def _open_catalog(state: Path, tree: LocalTree) -> SqlCatalog:
@@ -171,7 +187,8 @@ def rebuild_catalog(settings: Settings) -> tuple[int, list[Damage]]:
     if facts is None:
         message = f"{root} is no mirror: it has no .tinker-sync/root.json. Is [mirror] root right?"
         raise WrongRoot(message)
-    prepare_root(root, server=facts.server, account=facts.account, portable_names=None, must_be_mount=False)
+    prepare_root(root, server=facts.server, account=facts.account, state=_state_elsewhere(settings))
+    _make_state(settings.state)
     with RootLock(settings.state / LOCK_FILE, command="reindex"):
         tree = _tree(settings, facts)
         tree.recover()

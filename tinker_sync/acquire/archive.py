@@ -46,7 +46,7 @@ class ArchiveSource:
         claim, odd = read_claim(body.headers)
         expected = max(claim.length or 0, transfer.size_bytes or 0) or None
         stage = await intake.begin(expected)
-        unpacker = Unpacker(claim, stage, self._limits)
+        unpacker = Unpacker(claim, stage, self._limits, transfer.size_bytes)
         unprovable = claim.length is None and not claim.digests
         cut = not body.ends_itself
         try:
@@ -55,5 +55,7 @@ class ArchiveSource:
             # Without length or chunking a dropped connection can be the end: then the archive's own end decides.
             if body.ends_itself or not unpacker.complete:
                 raise
-        files, defects = await intake.run(partial(unpacker.finish, cut=cut and not unpacker.hopeless))
+        files, defects = await intake.run(
+            partial(unpacker.finish, cut=cut and not unpacker.complete and not unpacker.hopeless)
+        )
         return Acquired(files, [*odd, *defects], "archive", {"archive": claim}, by_bare_id)

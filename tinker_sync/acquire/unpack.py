@@ -31,7 +31,9 @@ _FIRST_LOOK: Final = 512
 class Gunzip:
     """Gzip that is fed, with its trailer checked and members concatenated, bounded in what it gives per step."""
 
-    def __init__(self) -> None:
+    def __init__(self, expected: int | None = None) -> None:
+        """`expected` is what it should unpack to, as listed; a few times of that is no bomb."""
+        self._free = max(_FREE_OF_RATIO, 4 * (expected or 0))
         self._inflate = zlib.decompressobj(31)
         self._fed = 0
         self._given = 0
@@ -53,7 +55,7 @@ class Gunzip:
                 self.fault = f"its gzip does not unpack ({error})"
                 return
             self._given += len(piece)
-            if self._given > _FREE_OF_RATIO + _RATIO * self._fed:
+            if self._given > self._free + _RATIO * self._fed:
                 self.fault = f"its gzip unpacks to more than {_RATIO} times its size"
                 return
             if piece:
@@ -78,7 +80,9 @@ class Gunzip:
 class Unpacker:
     """One archive's way into one stage. `feed` and `finish` are blocking."""
 
-    def __init__(self, claim: Claim, stage: Stage, limits: Limits) -> None:
+    def __init__(self, claim: Claim, stage: Stage, limits: Limits, expected: int | None = None) -> None:
+        """`expected` is the size that the service lists."""
+        self._expected = expected
         self._claim = claim
         self._meter = BodyMeter(claim)
         self._stage = stage
@@ -138,7 +142,7 @@ class Unpacker:
     def _recognise(self, data: bytes) -> None:
         limits = self._limits
         if data.startswith(_GZIP):
-            self._gunzip = Gunzip()
+            self._gunzip = Gunzip(self._expected)
         elif not data.strip(b"\0"):
             pass
         elif data[257:262] != b"ustar" and not _is_old_tar(data):

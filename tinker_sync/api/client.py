@@ -267,8 +267,8 @@ def _as_being_made(error: RequestRefused | Overloaded) -> TinkerSyncError:
     """503, 425 and 409 of an archive all mean the same; every other refusal stays what it is."""
     if error.status not in _ANSWERS:
         return error
-    after = error.retry_after if isinstance(error, Overloaded) else None
-    return BeingMade(f"the server still packs it ({error.status})", status=error.status, retry_after=after)
+    message = f"the server still packs it ({error.status})"
+    return BeingMade(message, status=error.status, retry_after=error.retry_after)
 
 
 def _parse(tinker_path: str) -> TinkerPath:
@@ -291,9 +291,10 @@ def _read(model: type[Model], answer: Answer) -> Model:
 def _expires(headers: Mapping[str, str]) -> datetime:
     try:
         moment = parsedate_to_datetime(headers.get("expires", ""))
-    except (ValueError, TypeError):
+        moment = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+    except (ValueError, TypeError, OverflowError):
         return _soon()
-    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+    return moment
 
 
 def _soon() -> datetime:

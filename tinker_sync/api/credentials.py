@@ -15,7 +15,9 @@ import binascii
 import json
 import os
 import random
+import signal
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -28,7 +30,7 @@ from tinker_sync.errors import CredentialMissing, CredentialRefused, NotFound, N
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from tinker_sync.transport import ApiTransport
+    from tinker_sync.transport import Answer, ApiTransport
 
 HEADER: Final = "X-API-Key"
 _COMMAND_TIMEOUT: Final = 60.0
@@ -117,8 +119,8 @@ class Credentials:
             self._note_account(self._raw)
         if self._flags is None:
             self._flags = await self._ask_flags(self._raw)
-            if self._flags.credential_default_source == "credential_cmd" and not _is_jwt(self._raw):
-                self._raw = await self._only_command()
+            if self._flags.credential_default_source == "credential_cmd":
+                self._raw = await self._read()  # the source that was just used may not count
         if not self._flags.pjwt_auth_enabled:
             return self._raw
         if self._jwt is None or now >= self._jwt_ends - _SPARE:
@@ -128,6 +130,10 @@ class Credentials:
         return self._jwt
 
     async def _read(self) -> SecretStr:
+        """The credential of the source that counts, by the server's flags where they are known."""
+        command_only = self._flags is not None and self._flags.credential_default_source == "credential_cmd"
+        if command_only and not (self._raw is not None and _is_jwt(self._raw)):
+            return await self._only_command()
         sources = self._sources
         if sources.key is not None:
             return _clean(sources.key.get_secret_value(), sources.describe())
@@ -170,9 +176,11 @@ class Credentials:
             raise CredentialMissing(message) from error
         finally:
             if process.returncode is None:
-                process.kill()
-                await process.wait()
-        if process.returncode != 0 and not output.strip():
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)  # the shell's children hold the pipe
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(process.wait(), 5)
+        if process.returncode != 0:
             message = f"the credential command failed with exit code {process.returncode}: try it in a shell"
             raise CredentialMissing(message)
         return _clean(output.decode(errors="replace"), "the credential command's output")
@@ -195,16 +203,18 @@ class Credentials:
             raise ProtocolBroken(message) from error
 
     async def _exchange(self) -> SecretStr:
-        if self._sources.command is not None and self._jwt is not None:
-            self._raw = await self._read()
-        assert self._raw is not None  # noqa: S101 - for the type checker: `_current` read it
-        answer = await self._transport.call(
-            "POST",
-            ("api", "v1", "auth", "token"),
-            body={},
-            authorized=False,
-            headers={HEADER: self._raw.get_secret_value()},
-        )
+        """A JWT for the credential; one that is refused is read once more, since files and commands change."""
+        used = self._raw if self._raw is not None else await self._read()
+        try:
+            answer = await self._ask_token(used)
+        except CredentialRefused:
+            self._raw = None
+            fresh = await self._read()
+            if fresh == used:
+                raise
+            answer = await self._ask_token(fresh)
+            used = fresh
+        self._raw = used
         token = answer.json().get("jwt") if isinstance(answer.json(), dict) else None
         if not isinstance(token, str) or not token or not token.isascii() or not token.isprintable():
             message = "the service gave no JWT for the credential"
@@ -218,6 +228,15 @@ class Credentials:
         self._jwt_ends = max(ends, self._replace_at)
         self._note_account(secret)
         return secret
+
+    async def _ask_token(self, raw: SecretStr) -> Answer:
+        return await self._transport.call(
+            "POST",
+            ("api", "v1", "auth", "token"),
+            body={},
+            authorized=False,
+            headers={HEADER: raw.get_secret_value()},
+        )
 
     async def _exchange_or_keep(self, current: SecretStr) -> SecretStr:
         """Early replacement: while the old one lives, a failure is no trouble yet."""

@@ -102,18 +102,19 @@ async def walk_pages(fetch: Fetch[Row], key: Key[Row], page_size: int) -> Walk[R
         if found is None:
             return walk
         page, offset = found
-        if page.length:
-            tail = _keys(page, key)
-        idle = 0 if len(walk.rows) > before else idle + 1
-        if page.length and idle and page.total is None:
+        keys = _keys(page, key)
+        if page.length and keys == tail and offset:
+            walk.doubts.append(f"the same rows again at {offset:,}: does the server look at the offset?")
             return walk
-        if page.length and (idle >= _IDLE_PAGES or offset + page.length <= reached):
+        tail = keys or tail
+        idle = 0 if len(walk.rows) > before else idle + 1
+        if page.length and (idle >= _IDLE_PAGES or (idle and offset + page.length <= reached)):
             # Nothing but what was seen already: the end, unless the server says that there is more.
-            if offset + page.length < (page.total or 0):
+            if page.total is not None and offset + page.length < page.total:
                 walk.doubts.append(f"the server gives no rows beyond {reached:,}, and says there are {page.total:,}")
             return walk
-    if walk.rows and page.total:
-        walk.doubts.append(f"an empty page at {offset:,}, and the server says there are {page.total:,}")
+    if walk.rows:
+        walk.doubts.append(f"an empty page at {offset:,}, where rows must be")
     return walk
 
 
@@ -121,7 +122,10 @@ async def _next_page(
     fetch: Fetch[Row], key: Key[Row], walk: Walk[Row], page_size: int, reached: int, tail: frozenset[Hashable]
 ) -> tuple[Page[Row], int] | None:
     """The page behind `reached` that contains a row of the page before; None when the walk ends here."""
-    overlap = min(OVERLAP, len(tail) - 1)
+    overlap = min(OVERLAP, max(1, len(tail) // 10))
+    if len(tail) < 2:
+        walk.doubts.append("the server gives one row at a time: no page can meet the one before")
+        return None
     while True:
         offset = max(0, reached - overlap)
         try:
@@ -131,7 +135,7 @@ async def _next_page(
             walk.doubts.append(f"the page at {offset:,} failed: {error}")
             return None
         keys = _take(walk, page, key)
-        if not page.length or not overlap or keys & tail:
+        if not page.length or keys & tail:
             return page, offset
         if offset == 0 or overlap >= max(page_size, 10_000):
             walk.doubts.append(f"rows were skipped at {offset:,}: the pages do not meet")
@@ -160,10 +164,12 @@ async def prove(
     page_size: int,
     *,
     expired: Callable[[Row], bool] = lambda _: False,
+    place: Callable[[Row], Hashable] | None = None,
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
 ) -> Walk[Row]:
     """Walk until the walk proves itself, three times at most; the last walk has its doubts.
 
+    `place` tells which rows can only be one at a time (a path that is overwritten is seen as two), for the count.
     Rows of earlier walks stay in the answer of an unproven one: a sighting is enough to transfer.
     """
     seen: dict[Hashable, Row] = {}
@@ -185,7 +191,7 @@ async def prove(
             walk.doubts.append(f"{walk.unreadable} rows could not be read")
             break
         if not walk.doubts:
-            doubt = _count_doubt(walk, previous, expired)
+            doubt = _count_doubt(walk, previous, expired, place or key)
             if doubt is None:
                 return walk
             walk.doubts.append(doubt)
@@ -206,13 +212,19 @@ async def _look_again_at_the_top(fetch: Fetch[Row], key: Key[Row], page_size: in
         walk.doubts.append("more came on the way than one page holds")
 
 
-def _count_doubt(walk: Walk[Row], previous: frozenset[Hashable] | None, expired: Callable[[Row], bool]) -> str | None:
+def _count_doubt(
+    walk: Walk[Row],
+    previous: frozenset[Hashable] | None,
+    expired: Callable[[Row], bool],
+    place: Callable[[Row], Hashable],
+) -> str | None:
     if not walk.totals:
-        if not walk.rows or previous == frozenset(walk.rows):
+        if previous is not None and previous == frozenset(walk.rows):
             return None
         return "the server gives no total_count, and two walks did not agree"
-    total, distinct = walk.totals[-1], len(walk.rows)
-    gone = sum(1 for row in walk.rows.values() if expired(row))
+    total = walk.totals[-1]
+    distinct = len({place(row) for row in walk.rows.values()})
+    gone = len({place(row) for row in walk.rows.values() if expired(row)})
     if distinct - gone <= total <= distinct:
         return None
     return f"{distinct:,} distinct rows were seen, total_count is {total:,}"
@@ -276,7 +288,7 @@ class AccountLister:
         return await self._prove(fetch, self._page_size)
 
     async def _prove(self, fetch: Fetch[Checkpoint], page_size: int) -> Walk[Checkpoint]:
-        return await prove(fetch, _key, page_size, expired=self._expired, sleep=self._sleep)
+        return await prove(fetch, _key, page_size, expired=self._expired, place=lambda row: row.path, sleep=self._sleep)
 
     def _expired(self, checkpoint: Checkpoint) -> bool:
         return checkpoint.expires_at is not None and checkpoint.expires_at <= self._now()

@@ -1,4 +1,4 @@
-"""Reads and writes the catalog. Blocking; the service calls it from one thread of its own.
+"""Reads and writes the catalog. Blocking; flow calls it from a thread of its own.
 
 A commit here is never the proof of anything: what counts is in the tree. So the database may lose its last writes in
 a power cut (`synchronous=NORMAL`), and a broken file is answered by rebuilding it.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import quote
@@ -49,10 +50,11 @@ class CatalogMissing(CatalogUnusable):
 
 
 class SqlCatalog:
-    """A `Catalog` over SQLAlchemy Core; context manager."""
+    """A `Catalog` over SQLAlchemy Core; context manager. Thread-safe: transactions take turns on one connection."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self._turn = threading.Lock()
 
     @classmethod
     def open(cls, path: Path, *, read_only: bool = False, network: bool = False) -> Self:
@@ -99,7 +101,7 @@ class SqlCatalog:
     def _begin(self) -> Iterator[Connection]:
         """One transaction. Raises CatalogUnusable for everything that a database can do."""
         try:
-            with self._engine.begin() as connection:
+            with self._turn, self._engine.begin() as connection:
                 yield connection
         except SQLAlchemyError as error:
             raise _unusable(error) from error
@@ -217,7 +219,8 @@ class SqlCatalog:
             if complete:
                 gone = [path for path in before if path not in shown]
                 _delete(connection, table, gone)
-                _delete(connection, schema.failures, gone)
+                kept = _quarantined_paths(connection)  # theirs may be the only bytes that are left
+                _delete(connection, schema.failures, [path for path in gone if path not in kept])
 
     def add_replica(self, replica: Replica) -> None:
         """A replica is there. What held its name is superseded or replaced; its failures are forgotten."""
@@ -258,10 +261,13 @@ class SqlCatalog:
             connection.execute(delete(table).where(table.c.tinker_path == str(failure.path)))
             connection.execute(insert(table), _failure_row(failure))
 
-    def forget_failures(self, paths: Iterable[TinkerPath]) -> None:
-        """They are gone upstream, or here now."""
+    def bind(self, root_id: str) -> bool:
+        """Tie the catalog to a root; False when it is another root's already."""
         with self._begin() as connection:
-            _delete(connection, schema.failures, [str(path) for path in paths])
+            known = _fact(connection, "root_id")
+            if known is None:
+                _set_fact(connection, "root_id", root_id)
+        return known in (None, root_id)
 
     def served(self) -> ServedRecord:
         """What was learnt about whether this server hands out archives."""
@@ -364,6 +370,12 @@ def _insert(connection: Connection, table: Any, rows: list[dict[str, Any]]) -> N
 def _delete(connection: Connection, table: Any, paths: list[str]) -> None:
     for start in range(0, len(paths), 500):
         connection.execute(delete(table).where(table.c.tinker_path.in_(paths[start : start + 500])))
+
+
+def _quarantined_paths(connection: Connection) -> set[str]:
+    table = schema.failures
+    query = select(table.c.tinker_path).where(table.c.trouble == Trouble.QUARANTINED.value)
+    return set(connection.execute(query).scalars())
 
 
 def _fact(connection: Connection, name: str) -> Any:

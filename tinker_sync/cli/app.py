@@ -105,14 +105,6 @@ def load_with_logs(context: typer.Context, *, default_level: str | None = None) 
     return settings
 
 
-class Interrupted(BaseException):
-    """SIGINT or SIGTERM; `number` is the signal's."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
-
-
 def run_async(work: Coroutine[Any, Any, int]) -> NoReturn:
     """Run a command's coroutine; SIGINT and SIGTERM cancel it, so that everything is cleaned up, then exit 128 + n."""
     import asyncio  # noqa: PLC0415
@@ -260,7 +252,7 @@ def doctor(context: typer.Context, *, json: JsonOption = False) -> None:
     from tinker_sync.cli import doctor as checks  # noqa: PLC0415
 
     settings = load_with_logs(context, default_level="error")
-    run_async(checks.examine(settings, as_json=json))
+    run_async(checks.examine(settings, context.obj.config, as_json=json))
 
 
 @app.command()

@@ -11,7 +11,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from tinker_sync.cli import render, work
-from tinker_sync.config import Settings
+from tinker_sync.config import FileSettings, Settings
 from tinker_sync.sandbox import Fault, Payload, Sandbox, adapter
 from tinker_sync.wiring import Silent
 
@@ -44,11 +44,8 @@ def _write_config(home: Path, root: Path, sandbox: Sandbox) -> Settings:
         f'[tinker]\nbase_url = "{sandbox.base_url}"\napi_key_file = "{key}"\n\n'
         f'[mirror]\nroot = "{root}"\nmin_free = "0"\n'
     )
-    return Settings.model_validate(
-        {
-            "tinker": {"base_url": sandbox.base_url, "api_key_file": str(key)},
-            "mirror": {"root": str(root), "min_free": 0},
-        }
+    return FileSettings(
+        tinker={"base_url": sandbox.base_url, "api_key_file": str(key)}, mirror={"root": str(root), "min_free": 0}
     )
 
 

@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from email.utils import mktime_tz, parsedate_tz
 from typing import TYPE_CHECKING, Final
 
+from tinker_sync.api.account import TinkerSigner
 from tinker_sync.cli import render
 from tinker_sync.config import find_config
-from tinker_sync.destination.lock import RootLock
+from tinker_sync.destination.lock import holder_of
 from tinker_sync.destination.mounts import filesystem_type, is_mount_point, is_network
 from tinker_sync.destination.root import read_facts
 from tinker_sync.destination.space import free_bytes
-from tinker_sync.errors import BeingMade, FixFirst, NotFound, NotServed, RootBusy, TinkerSyncError
+from tinker_sync.errors import BeingMade, FixFirst, NotFound, NotServed, TinkerSyncError
 from tinker_sync.model.checkpoint import Listing
 from tinker_sync.model.paths import CHECKPOINT_TYPES
 from tinker_sync.wiring import LOCK_FILE, SystemClock, make_account, open_service
@@ -44,10 +45,10 @@ class _Report:
             self.exit_code = max(self.exit_code, exit_code)
 
 
-async def examine(settings: Settings, *, as_json: bool) -> int:
+async def examine(settings: Settings, explicit: Path | None, *, as_json: bool) -> int:
     """Run every check; 0 when a mirror would work."""
     report = _Report()
-    path = await asyncio.to_thread(find_config, None)
+    path = await asyncio.to_thread(find_config, explicit)
     report.add("configuration", "ok", str(path or "defaults and environment"))
     for key in settings.without_effect():
         report.add("configuration", "warning", f"{key} is set; this version does not act on it yet")
@@ -92,12 +93,10 @@ def _check_root(settings: Settings, report: _Report) -> None:
         report.add("lock", "warning", detail)
     if (settings.state / LOCK_FILE).exists():
         try:
-            with RootLock(settings.state / LOCK_FILE, command="doctor"):
-                report.add("lock", "ok", "free")
-        except RootBusy as error:
-            report.add("lock", "warning", str(error))
-        except (FixFirst, OSError) as error:
-            report.add("lock", "failure", str(error), exit_code=2)
+            holder = holder_of(settings.state / LOCK_FILE)
+            report.add("lock", "ok", "free" if holder is None else f"held by a running tinker-sync{holder}")
+        except OSError as error:
+            report.add("lock", "failure", f"{settings.state / LOCK_FILE}: {error.strerror}", exit_code=2)
 
 
 def _check_space(settings: Settings, report: _Report) -> None:
@@ -184,7 +183,7 @@ async def _check_type(settings: Settings, service: Service, kind: str, row: Chec
             await service.client.get_external_weights_urls(path)
             report.add(kind, "ok", "handed out file by file")
         else:
-            async with service.client.open_archive(row.path.run_id, row.path.checkpoint_id) as answer:
+            async with TinkerSigner(service.client).archive(row.path, row.listed_id) as answer:
                 url = answer.url
             if url is not None and url.scheme == "file" and not settings.tinker.file_urls_below:
                 detail = "handed out as directories of the server's own host: set [tinker] file_urls_below"

@@ -51,7 +51,6 @@ class Bars:
         self._done = 0
         self._received = 0
         self._rows: dict[TinkerPath, TaskID] = {}
-        self._bytes: dict[TinkerPath, int] = {}
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -69,7 +68,6 @@ class Bars:
 
     def started(self, transfer: Transfer, expected_bytes: int | None) -> None:
         """A transfer begins to receive."""
-        self._bytes[transfer.path] = 0
         if len(self._rows) < _ROWS:
             label = printable(f"{transfer.path.run_id[:12]}…/{transfer.path.segment}/{transfer.path.name}")[:60]
             self._rows[transfer.path] = self._progress.add_task(label, total=expected_bytes)
@@ -88,7 +86,6 @@ class Bars:
         if error is None:
             self._done += 1
         row = self._rows.pop(transfer.path, None)
-        self._bytes.pop(transfer.path, None)
         if row is not None:
             self._progress.remove_task(row)
         if self._overall is not None:

@@ -8,7 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from tinker_sync.cli import render
-from tinker_sync.errors import TinkerSyncError
+from tinker_sync.errors import ServiceTrouble, TinkerSyncError
+from tinker_sync.passes import failed_pass
 from tinker_sync.wiring import (
     Silent,
     make_scrubber,
@@ -30,16 +31,29 @@ if TYPE_CHECKING:
     from tinker_sync.passes import PassResult
     from tinker_sync.ports import Reporter
     from tinker_sync.scrub import ScrubResult
+    from tinker_sync.wiring import Service
 
 
 async def sync(settings: Settings, reporter: Reporter, *, as_json: bool) -> int:
     """One pass."""
     async with open_service(settings) as service:
-        await service.credentials.headers()
+        refused = await _credential_trouble(service)
         with open_root(settings, command="sync", account=service.credentials.account) as root:
+            if refused is not None:
+                root.catalog.save_pass(failed_pass(refused))
+                raise refused
             async with open_mirror(settings, service, root, reporter) as mirror:
                 result = await mirror.sync()
     return _tell(result, as_json=as_json)
+
+
+async def _credential_trouble(service: Service) -> ServiceTrouble | None:
+    """Get a credential, which also tells whose it is, before the root is opened."""
+    try:
+        await service.credentials.headers()
+    except ServiceTrouble as error:
+        return error
+    return None
 
 
 async def fetch(settings: Settings, paths: Sequence[TinkerPath], reporter: Reporter, *, as_json: bool) -> int:

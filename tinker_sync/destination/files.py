@@ -8,11 +8,12 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import threading
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Final
 
 from tinker_sync.errors import DiskTrouble, NoSpace, TransferFailed
-from tinker_sync.integrity import head_wanted
+from tinker_sync.integrity import head_wanted, judge_file
 from tinker_sync.model.evidence import SeenFile
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from tinker_sync.destination.space import Reservation
     from tinker_sync.model.paths import PayloadPath
 
+_judging = threading.Lock()
+"""One header is parsed at a time: parsed, a large one is many times its size."""
 FLUSH_EVERY: Final = 64 * 1024 * 1024
 """So that the last fsync, and a stop, stay short."""
 
@@ -134,8 +137,10 @@ class HashingWriter:
             os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         self._space.written(self._unflushed)
         self.discard()
-        wanted = head_wanted(self._path, self._size, bytes(self._head[:8]))
-        return SeenFile(self._path, self._size, self._hash.hexdigest(), bytes(self._head[:wanted]))
+        with _judging:
+            findings = judge_file(self._path, self._size, bytes(self._head))
+        self._head.clear()
+        return SeenFile(self._path, self._size, self._hash.hexdigest(), findings)
 
     def discard(self) -> None:
         """Close without keeping promises; harmless when closed already."""

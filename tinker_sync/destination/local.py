@@ -34,7 +34,7 @@ from tinker_sync.model.documents import json_bytes
 from tinker_sync.model.evidence import Defect, Kind
 from tinker_sync.model.manifest import Manifest, ManifestInvalid
 from tinker_sync.model.moments import compact, parse_time, rfc3339
-from tinker_sync.model.names import encode_component, hashed_component, is_superseded, superseded_name
+from tinker_sync.model.names import decode_component, encode_component, hashed_component, is_superseded, superseded_name
 from tinker_sync.model.paths import MANIFEST_NAME, TinkerPath
 from tinker_sync.model.work import Committed, Damage, Failure, Replica, Trouble
 
@@ -72,6 +72,8 @@ class LocalTree:
         self._space = space
         self.now = now
         self._renames = threading.Lock()
+        self._durable: set[Path] = set()
+        """Directories whose own names are durable already: their parents need no fsync for them again."""
         self._latest: dict[tuple[str, str], datetime] = {}
 
     @property
@@ -122,11 +124,11 @@ class LocalTree:
     def place(self, base: Path, manifest: Manifest, home: Path, *, repairs: bool) -> Committed:
         """Give a whole, durable stage its final name. Raises NoSpace, DiskTrouble."""
         with self._renames, disk_errors("cannot commit into", self.root):
-            created: list[Path] = []
-            parent = self.root
+            ancestors = [self.root]
             for component in (manifest.tinker_path.run_id, manifest.tinker_path.segment):
-                parent = parent / self._free_name(parent, component)
-                created += make_directories(parent, mode=self._options.dir_mode)
+                ancestors.append(ancestors[-1] / self._free_name(ancestors[-1], component))
+                make_directories(ancestors[-1], mode=self._options.dir_mode)
+            parent = ancestors[-1]
             final = parent / self._free_name(parent, manifest.tinker_path.name)
             moved = self._make_way(final, manifest, home, repairs=repairs)
             try:
@@ -135,8 +137,11 @@ class LocalTree:
                 if moved is not None:
                     os.rename(moved, final)
                 raise
-            for directory in dict.fromkeys([parent, *created]):
-                fsync_directory(directory)
+            fsync_directory(parent)
+            for directory in ancestors[1:]:
+                if directory not in self._durable:
+                    fsync_directory(directory.parent)
+                    self._durable.add(directory)
             _, digest = read_manifest(final)
             replica = self._as_replica(final, manifest, digest, superseded=False)
             superseded = None
@@ -231,7 +236,7 @@ class LocalTree:
             if self._belongs(relative, manifest.tinker_path):
                 return self._as_replica(directory, manifest, digest, superseded=superseded)
             problem = f"its manifest is of {manifest.tinker_path}: a copy, or moved here; move it out of the mirror"
-        run, segment, name = (_readable(part) for part in Path(relative).parts)
+        run, segment, name = (decode_component(_readable(part)) or _readable(part) for part in Path(relative).parts)
         defect = Defect(Kind.CONTENT, problem, MANIFEST_NAME)
         shown = relative.encode(errors="backslashreplace").decode()
         return Damage(TinkerPath(run, segment, name), shown, (defect,))
@@ -283,10 +288,7 @@ class LocalTree:
             old, _ = read_manifest(final)
         except (OSError, ManifestInvalid) as error:
             if repairs and stat.S_ISDIR(final.lstat().st_mode):
-                # Without a manifest nothing proves that these bytes are worthless: kept apart.
-                aside = self.area("quarantine") / f"{compact(self.now())}-{os.urandom(6).hex()}"
-                os.rename(final, aside)
-                return aside
+                return self._keep_apart(final, manifest.identity, error)
             message = f"{final} is there and is no replica ({error}); move it away, then sync again"
             raise DiskTrouble(message) from error
         if old.tinker_path != manifest.tinker_path:
@@ -303,6 +305,26 @@ class LocalTree:
             aside = aside.with_name(f"{aside.name}-{os.urandom(4).hex()}")
         os.rename(final, aside)
         return aside
+
+    def _keep_apart(self, final: Path, identity: Identity, error: Exception) -> Path:
+        """A replica without a readable manifest: nothing proves that its bytes are worthless. Returns where they are."""
+        kept = self.area("quarantine") / f"{compact(self.now())}-{os.urandom(6).hex()}"
+        kept.mkdir(mode=0o700)
+        write_new(kept / _NOTES, self.notes(identity, [f"a damaged replica, replaced: {error}"]), mode=0o600)
+        os.rename(final, kept / _PAYLOAD)
+        return kept / _PAYLOAD
+
+    def notes(self, identity: Identity, defects: Sequence[str]) -> bytes:
+        """What stands beside quarantined bytes."""
+        return json_bytes(
+            {
+                "tinker_path": str(identity.path),
+                "time": rfc3339(identity.time),
+                "size_bytes": identity.size_bytes,
+                "quarantined_at": rfc3339(self.now()),
+                "defects": list(defects),
+            }
+        )
 
     def _limit_superseded(self, parent: Path, name: str) -> tuple[Replica, ...]:
         """Let the oldest versions go to the trash; returns those that stay."""
@@ -386,14 +408,8 @@ class LocalStage:
         try:
             with disk_errors("cannot quarantine into", self._tree.root):
                 area = self._tree.area("quarantine")
-                notes = {
-                    "tinker_path": str(identity.path),
-                    "time": rfc3339(identity.time),
-                    "size_bytes": identity.size_bytes,
-                    "quarantined_at": rfc3339(self._tree.now()),
-                    "defects": [str(defect) for defect in defects],
-                }
-                write_new(self._home / _NOTES, json_bytes(notes), mode=0o600)
+                notes = self._tree.notes(identity, [str(defect) for defect in defects])
+                write_new(self._home / _NOTES, notes, mode=0o600)
                 _fsync_directories(self._home)
                 earlier = [
                     failure.quarantine

@@ -65,6 +65,18 @@ class RootLock:
         self._descriptor = -1
 
 
+def holder_of(path: Path) -> str | None:
+    """Who holds a lock, without taking it: None when nobody does. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _read_holder(descriptor)
+    finally:
+        os.close(descriptor)
+    return None
+
+
 def _read_holder(descriptor: int) -> str:
     try:
         note = json.loads(os.pread(descriptor, 4096, 0))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import unicodedata
+import uuid
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 
-from tinker_sync.destination.files import make_directories, replace_file
+from tinker_sync.destination.files import fsync_directory, make_directories, replace_file
 from tinker_sync.destination.mounts import is_mount_point
 from tinker_sync.errors import WrongRoot
 from tinker_sync.model.moments import rfc3339
@@ -35,6 +36,10 @@ class RootFacts:
     server: str
     account: str | None
     created_at: str
+    root_id: str
+    """Ties a state directory that stands elsewhere to this root."""
+    state: str | None
+    """Where catalog and lock are, when that is not below the root: two of them would be two writers."""
 
 
 def read_facts(root: Path) -> RootFacts | None:
@@ -67,6 +72,8 @@ def _parse(document: Any, path: Path) -> RootFacts:
             server=str(document["server"]),
             account=document.get("account"),
             created_at=str(document["created_at"]),
+            root_id=str(document["root_id"]),
+            state=document.get("state"),
         )
     except (KeyError, TypeError) as error:
         message = f"{path} lacks {error}; restore it, or move it away to have it made anew"
@@ -74,11 +81,18 @@ def _parse(document: Any, path: Path) -> RootFacts:
 
 
 def prepare_root(
-    root: Path, *, server: str, account: str | None, portable_names: bool | None, must_be_mount: bool
+    root: Path,
+    *,
+    server: str,
+    account: str | None,
+    state: Path | None = None,
+    portable_names: bool | None = None,
+    must_be_mount: bool = False,
+    dir_mode: int = 0o700,
 ) -> RootFacts:
     """Make or check a root before the first write.
 
-    `portable_names` is None for `auto` (probe the filesystem). Raises WrongRoot when the root is another account's,
+    `state` is None when it is below the root; `portable_names` is None for `auto` (probe the filesystem). Raises WrongRoot when the root is another account's,
     another user's, or not the mount that was promised.
     """
     if must_be_mount and not (root.is_dir() and is_mount_point(root)):
@@ -88,7 +102,8 @@ def prepare_root(
         )
         raise WrongRoot(message)
     try:
-        make_directories(root / STATE_DIRECTORY, mode=0o700)
+        for directory in make_directories(root, mode=dir_mode) + make_directories(root / STATE_DIRECTORY, mode=0o700):
+            fsync_directory(directory)
         owner = root.stat().st_uid
     except OSError as error:
         message = f"cannot make {root / STATE_DIRECTORY}: {error.strerror}; choose another [mirror] root or its owner"
@@ -98,7 +113,7 @@ def prepare_root(
         raise WrongRoot(message)
     facts = read_facts(root)
     if facts is not None:
-        return _agree(root, facts, server=server, account=account)
+        return _agree(root, facts, server=server, account=account, state=state)
     probed = _probe(root / STATE_DIRECTORY)
     facts = RootFacts(
         portable_names=probed[0] if portable_names is None else portable_names,
@@ -106,12 +121,20 @@ def prepare_root(
         server=server,
         account=account,
         created_at=rfc3339(datetime.now(UTC).replace(microsecond=0)),
+        root_id=uuid.uuid4().hex,
+        state=None if state is None else str(state),
     )
     _write(root, facts)
     return facts
 
 
-def _agree(root: Path, facts: RootFacts, *, server: str, account: str | None) -> RootFacts:
+def _agree(root: Path, facts: RootFacts, *, server: str, account: str | None, state: Path | None) -> RootFacts:
+    if facts.state != (None if state is None else str(state)):
+        message = (
+            f"the catalog and the lock of {root} are in {facts.state or root / STATE_DIRECTORY}: set [mirror] state "
+            f'to that, or, if it moved, change "state" in {root / STATE_DIRECTORY / ROOT_FILE}'
+        )
+        raise WrongRoot(message)
     if facts.account is not None and account is not None and facts.account != account:
         message = (
             f"{root} mirrors account {facts.account}, the credential is of account {account}: "
@@ -137,6 +160,8 @@ def _write(root: Path, facts: RootFacts) -> None:
         "server": facts.server,
         "account": facts.account,
         "created_at": facts.created_at,
+        "root_id": facts.root_id,
+        "state": facts.state,
     }
     try:
         replace_file(root / STATE_DIRECTORY / ROOT_FILE, (json.dumps(document, indent=1) + "\n").encode())

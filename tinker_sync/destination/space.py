@@ -25,17 +25,22 @@ class Reservation:
     def __init__(self, ledger: SpaceLedger, expected: int) -> None:
         self._ledger = ledger
         self._left = expected
+        self._lock = threading.Lock()  # files of one checkpoint are written by several threads
 
     def written(self, size: int) -> None:
         """So much is on disk now and no longer reserved. Raises NoSpace below `min_free`."""
-        self._ledger.give_back(min(size, self._left))
-        self._left -= min(size, self._left)
+        self._take(size)
         self._ledger.check()
 
     def release(self) -> None:
         """The transfer is over; harmless when repeated."""
-        self._ledger.give_back(self._left)
-        self._left = 0
+        self._take(None)
+
+    def _take(self, size: int | None) -> None:
+        with self._lock:
+            taken = self._left if size is None else min(size, self._left)
+            self._left -= taken
+        self._ledger.give_back(taken)
 
 
 class SpaceLedger:

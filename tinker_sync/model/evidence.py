@@ -70,8 +70,8 @@ class SeenFile:
     path: PayloadPath
     size: int
     sha256: str
-    head: bytes = b""
-    """The first bytes, as many as `integrity.head_wanted` asked for."""
+    findings: tuple[Defect, ...] = ()
+    """What `integrity.judge_file` found in its first bytes, which are not kept."""
 
 
 @dataclass(frozen=True, slots=True)

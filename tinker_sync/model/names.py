@@ -18,7 +18,6 @@ from tinker_sync.model.moments import compact
 if TYPE_CHECKING:
     from datetime import datetime
 
-    from tinker_sync.model.paths import TinkerPath
 
 _LONGEST_BYTES: Final = 200
 _KEPT_BYTES: Final = 150
@@ -55,16 +54,7 @@ def decode_component(component: str) -> str | None:
     """The true name, or None for a hashed form, whose name only the manifest knows."""
     if _HASHED.search(component):
         return None
-    return unquote_to_bytes(component).decode()
-
-
-def encode_path(path: TinkerPath, *, portable: bool = False) -> tuple[str, str, str]:
-    """The three directory names of a checkpoint, from the root down."""
-    return (
-        encode_component(path.run_id, portable=portable),
-        encode_component(path.segment, portable=portable),
-        encode_component(path.name, portable=portable),
-    )
+    return unquote_to_bytes(component).decode(errors="replace")
 
 
 def superseded_name(component: str, time: datetime) -> str:
