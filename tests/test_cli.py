@@ -347,11 +347,16 @@ def test_help_is_quick_and_teaches(tmp_path: Path) -> None:
 
 def test_the_demo(tmp_path: Path) -> None:
     """It shows what it promises, ends with 0, leaves nothing running and a mirror that works."""
-    done = run(["demo", "--directory", str(tmp_path / "d")], check=0, timeout=110)
+    elsewhere = {
+        "TINKER_SYNC__MIRROR__ROOT": str(tmp_path / "elsewhere"),
+        "TINKER_SYNC__TINKER__BASE_URL": "http://127.0.0.1:1",
+    }
+    done = run(["demo", "--directory", str(tmp_path / "d")], check=0, timeout=110, **elsewhere)
     for part in ("7 copied", "3 copied", "1 damaged", "repaired", "latest-training ->", "Everything is in"):
         assert part in done.stdout, done.stdout
     config = str(tmp_path / "d" / "config.toml")
     assert json.loads(run(["--config", config, "status", "--json"], check=0).stdout)["replicas"] == 10
+    assert not (tmp_path / "elsewhere").exists()
     assert "is there already" in run(["demo", "--directory", str(tmp_path / "d")], check=2).stderr
 
 

@@ -212,6 +212,42 @@ async def test_a_server_can_insist_on_the_command(sandbox: Sandbox) -> None:
     assert await header(sandbox, sources) == "tml-from-command"
 
 
+async def test_a_rotated_key_file_is_read_again_when_the_exchange_refuses(sandbox: Sandbox, tmp_path: Path) -> None:
+    """The key was changed on both sides: the next refusal finds the new one."""
+    sandbox.quirks.jwt = True
+    file = tmp_path / "key"
+    file.write_text(sandbox.key)
+    async with ApiTransport(sandbox.base_url, None, timeout=2) as transport:
+        credentials = Credentials(CredentialSources.from_environment(key_file=file), transport, sdk_version="0")
+        transport.use(credentials)
+        await RestClient(transport).list_user_checkpoints()
+        sandbox.key = "tml-rotated"
+        sandbox.expire_tokens()
+        file.write_text(sandbox.key)
+        await RestClient(transport).list_user_checkpoints()
+
+
+async def test_a_command_that_hangs_or_fails(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ended with its children after its time; output beside a failure is no credential."""
+    monkeypatch.setattr("tinker_sync.api.credentials._COMMAND_TIMEOUT", 0.5)
+    begun = time.monotonic()
+    with pytest.raises(CredentialMissing, match="nothing within"):
+        await header(sandbox, CredentialSources.from_environment(command="sleep 30; echo x"))
+    assert time.monotonic() - begun < 10
+    with pytest.raises(CredentialMissing, match="exit code 1"):
+        await header(sandbox, CredentialSources.from_environment(command="echo Unauthorized; exit 1"))
+
+
+@pytest.mark.parametrize("claims", [{"exp": "soon"}, {"exp": None, "iat": None}, {"exp": float("nan")}, {"exp": True}])
+async def test_a_jwt_with_odd_times_is_used_all_the_same(sandbox: Sandbox, claims: dict[str, Any]) -> None:
+    """Times that are none count as absent."""
+    token = jwt(**claims)
+    body = json.dumps({"jwt": token}).encode()
+    sandbox.quirks.jwt = True
+    sandbox.faults.append(Fault("any", "body", match="auth/token", status=200, body=body))
+    assert await header(sandbox, CredentialSources.from_environment(key=sandbox.key)) == token
+
+
 async def test_cloudflare_headers_go_to_the_api_alone(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both variables become headers; the storage never sees them."""
     monkeypatch.setenv("CLOUDFLARE_ACCESS_CLIENT_ID", "cf-id")

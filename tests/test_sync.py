@@ -549,6 +549,144 @@ async def test_damage_is_found_and_repaired_by_the_next_pass(site: Site) -> None
     assert victim.read_bytes() == b"garbage", "upstream changed: the damaged bytes keep their place"
 
 
+async def test_every_damaged_replica_is_repaired(site: Site) -> None:
+    """Many at once, read by several threads: no mark is lost, no repair is skipped."""
+    from tinker_sync.cli import work
+
+    made = [site.sandbox.account.add(RUN, f"{n:06}", payload=adapter(n)) for n in range(24)]
+    await site.sync()
+    for checkpoint in made:
+        (site.directory(checkpoint.path) / "adapter_config.json").write_bytes(b"x")
+    assert await work.verify(site.settings(), [], repair=True, as_json=True) == 0
+    for checkpoint in made:
+        assert site.payload(checkpoint.path) == expected(checkpoint.payload)
+
+
+async def test_one_overwritten_while_it_waits_is_copied_in_its_new_form(site: Site) -> None:
+    """A deferred transfer gives way to the new object: no pass ends well without it."""
+    born = datetime.now(UTC) - hours(3)
+    made = site.sandbox.account.add(RUN, "best", payload=adapter(1), time=born)
+    site.sandbox.faults.append(Fault("archive", "status", status=503, times=2, headers={"Retry-After": "2"}))
+
+    async with site.opened() as mirror:
+        mirror._settings = type(mirror._settings)(poll_interval=0.3)
+        working = asyncio.create_task(mirror.sync())
+        await asyncio.sleep(0.2)
+        site.sandbox.account.add(RUN, "best", payload=adapter(2), time=born + hours(1))
+        result = await working
+    assert result.exit_code == 0
+    assert site.payload(made.path) == expected(adapter(2))
+
+
+async def test_a_later_doubt_takes_nothing_from_a_proof(site: Site) -> None:
+    """The first poll is proven; a page of a later one fails: still exit 0, and nothing leaves the queue."""
+    for n in range(6):
+        site.sandbox.account.add(RUN, f"{n:06}", payload=adapter(n))
+    site.sandbox.faults.append(Fault("storage", "slow", seconds=0.3))
+
+    async with site.opened() as mirror:
+        mirror._settings = type(mirror._settings)(connections=1, poll_interval=0.4)
+        working = asyncio.create_task(mirror.sync())
+        await asyncio.sleep(0.3)
+        body = b'{"checkpoints": [7], "cursor": null}'
+        site.sandbox.faults.append(Fault("list", "body", status=200, body=body))
+        result = await working
+    assert (result.exit_code, len(result.transferred)) == (0, 6)
+
+
+async def test_a_fetch_asks_even_a_server_that_refused_before(site: Site) -> None:
+    """A person who names a checkpoint is not told what was learnt yesterday."""
+    made = [site.sandbox.account.add(RUN, f"{n:06}", payload=adapter(n)) for n in range(6)]
+    site.sandbox.quirks.no_archives = 410
+    await site.sync()
+    site.sandbox.quirks.no_archives = 0
+    async with site.opened() as mirror:
+        result = await mirror.fetch([made[0].path])
+    assert result.transferred == [made[0].path]
+
+
+async def test_quarantine_is_not_forgotten_when_upstream_is_gone(site: Site) -> None:
+    """It may be all that is left: status goes on to say so, also after a reindex."""
+    from tinker_sync.wiring import rebuild_catalog
+
+    made = site.sandbox.account.add(RUN, "odd", payload=Payload((PayloadFile.of("notes", b"x"),)))
+    await site.sync()
+    del site.sandbox.account.checkpoints[made.path]
+    await site.sync()
+    for _ in range(2):
+        with open_catalog_for_reading(site.settings()) as catalog:
+            assert [failure.trouble.value for failure in catalog.failures()] == ["quarantined"]
+        rebuild_catalog(site.settings())
+
+
+async def test_two_quarantines_of_one_path_do_not_break_reindex(site: Site) -> None:
+    """A process can die between keeping the newer and removing the older."""
+    import shutil
+
+    from tinker_sync.wiring import rebuild_catalog
+
+    site.sandbox.account.add(RUN, "odd", payload=Payload((PayloadFile.of("notes", b"x"),)))
+    await site.sync()
+    (kept,) = (site.root / ".tinker-sync" / "quarantine").iterdir()
+    shutil.copytree(kept, kept.with_name("another"))
+    assert rebuild_catalog(site.settings()) == (0, [])
+
+
+async def test_a_copy_inside_the_mirror_is_no_replica(site: Site) -> None:
+    """`cp -r` of a replica beside it: reported, and `path` does not lead to it."""
+    import shutil
+
+    from tinker_sync.wiring import rebuild_catalog
+
+    made = site.sandbox.account.add(RUN, "a", payload=adapter(1))
+    await site.sync()
+    shutil.copytree(site.directory(made.path), site.directory(made.path).with_name("AA-backup"))
+    replicas, damaged = rebuild_catalog(site.settings())
+    assert replicas == 1
+    assert "move it out" in str(damaged[0].defects[0])
+
+
+async def test_a_state_directory_belongs_to_one_root(site: Site, tmp_path: Path) -> None:
+    """The catalog of one root says nothing about another; two states of one root would be two writers."""
+    site.sandbox.account.add(RUN, "a", payload=adapter(1))
+    site.mirror = {"state": str(tmp_path / "state")}
+    assert (await site.sync()).exit_code == 0
+    assert not (site.root / ".tinker-sync" / "catalog.db").exists()
+    site.mirror = {"state": str(tmp_path / "state"), "root": str(tmp_path / "other")}
+    with pytest.raises(WrongRoot, match="catalog of another root"):
+        await site.sync()
+    site.mirror = {}
+    with pytest.raises(WrongRoot, match="set \\[mirror\\] state"):
+        await site.sync()
+
+
+async def test_a_root_with_dir_mode_lets_the_group_in(site: Site) -> None:
+    """All the way from the root; only the state stays private."""
+    site.mirror = {"dir_mode": "0750", "file_mode": "0640"}
+    made = site.sandbox.account.add(RUN, "a", payload=adapter(1))
+    await site.sync()
+    for path in (site.root, site.root / RUN, site.directory(made.path)):
+        assert path.stat().st_mode & 0o777 == 0o750
+    assert (site.root / ".tinker-sync").stat().st_mode & 0o777 == 0o700
+
+
+async def test_headers_of_weights_are_not_kept(site: Site) -> None:
+    """Ten files with 12 MB of header each: memory does not grow with their number."""
+    import tracemalloc
+
+    header = json.dumps(
+        {f"t{n:07}" + "x" * 40: {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]} for n in range(90_000)}
+    ).encode()
+    content = len(header).to_bytes(8, "little") + header
+    files = tuple(PayloadFile.of(f"m{n}.safetensors", content) for n in range(10))
+    site.sandbox.account.add(RUN, "a", "external", payload=Payload(files))
+    tracemalloc.start()
+    assert (await site.sync()).exit_code == 0
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 20 * len(header), f"{peak / len(header):.0f} times one header"
+
+
 async def test_cancelling_a_pass_leaves_nothing_half_made(site: Site) -> None:
     """SIGTERM in the middle: stages gone, lock free, the next pass goes on."""
     for n in range(6):
