@@ -1,6 +1,6 @@
 """Figures of the mirror: start-up, memory, a second pass, and kills at random moments.
 
-    python benchmarks/mirror.py [startup] [memory] [second-pass] [kills]
+    python benchmarks/mirror.py [startup] [memory] [second-pass] [kills] [planning]
 
 Runs the installed command of this interpreter's environment against the local server, everything on loopback and in a
 temporary directory. Prints one line per figure.
@@ -145,6 +145,33 @@ def kills(times: int = 50) -> None:
         )
 
 
+def planning() -> None:
+    """Retention over 10^4, 10^5 and 10^6 checkpoints: seconds and memory, each in a process of its own."""
+    code = """
+import resource, sys, time
+from datetime import UTC, datetime, timedelta
+from tinker_sync.model.checkpoint import Checkpoint
+from tinker_sync.model.paths import TinkerPath
+from tinker_sync.retention import Member, Policy, RetentionRules, plan_retention
+count, now = int(sys.argv[1]), datetime(2026, 6, 1, tzinfo=UTC)
+def member(n):
+    path = TinkerPath(f"run-{n // 1000}:train:0", "sampler_weights", f"{n % 1000:06}")
+    row = Checkpoint(path, now - timedelta(minutes=30 * (n % 1000)), 1000)
+    return Member(path, row.time, row, None, step=n % 1000)
+members = [member(n) for n in range(count)]
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+policy = Policy("p", ("sampler",), keep_last=3, keep_slots={"daily": 7}, keep_every_steps=100)
+rules = RetentionRules(timezone=UTC, min_age=timedelta(hours=1), remote=(policy,))
+begun = time.process_time()
+plan = plan_retention(members, rules, now=now, complete=True)
+spent = time.process_time() - begun
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+print(f"planning     {count:>9,} checkpoints: {spent:.2f} s CPU, {before:.0f} MB inventory, {peak:.0f} MB peak")
+"""
+    for count in (10_000, 100_000, 1_000_000):
+        subprocess.run([sys.executable, "-c", code, str(count)], check=True)
+
+
 def whole(root: Path) -> int:
     """How many final directories there are; raises when one is not whole."""
     count = 0
@@ -160,6 +187,6 @@ def whole(root: Path) -> int:
 
 if __name__ == "__main__":
     print(f"machine      {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
-    chosen = sys.argv[1:] or ["startup", "memory", "second-pass", "kills"]
+    chosen = sys.argv[1:] or ["startup", "memory", "second-pass", "kills", "planning"]
     for name in chosen:
-        {"startup": startup, "memory": memory, "second-pass": second_pass, "kills": kills}[name]()
+        {"startup": startup, "memory": memory, "second-pass": second_pass, "kills": kills, "planning": planning}[name]()

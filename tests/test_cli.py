@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -278,6 +278,49 @@ def test_no_secret_in_output_or_files(site: Site) -> None:
     for headers in site.sandbox.storage_requests:
         assert "x-api-key" not in headers
         assert "authorization" not in headers
+
+
+def test_plan_explain_and_pins(site: Site) -> None:
+    """What would go, why, what another day or configuration would change; pins hold; nothing is changed anywhere."""
+    now = datetime.now(UTC)
+    for n in range(8):
+        site.sandbox.account.add(RUN, f"{n:06}", "sampler", payload=adapter(n), time=now - timedelta(days=8 - n))
+    policy = '[[retention.remote]]\nname = "thin"\ntypes = ["sampler"]\nkeep_last = 3\n'
+    config = str(site.write_config(policy))
+    run(["--config", config, "sync"], check=0)
+    planned = json.loads(run(["--config", config, "plan", "--json"], check=0).stdout)
+    assert (planned["complete"], planned["breaker"]) == (True, None)
+    remote = {v["tinker_path"][-6:]: v for v in planned["verdicts"] if v["side"] == "remote"}
+    assert {name for name, v in remote.items() if v["action"] == "delete"} == {f"{n:06}" for n in range(5)}
+    assert all(v["reasons"][0].keys() == {"why", "detail"} for v in planned["verdicts"])
+    text = run(["--config", config, "plan"], check=0).stdout
+    assert "remote: 5 of 8 would go" in text
+    assert "nothing is deleted" in text
+    path = f"tinker://{RUN}/sampler_weights/000000"
+    run(["--config", config, "pin", path, f"{RUN}/*/000001"], check=0)
+    assert run(["--config", config, "pin"], check=0).stdout.splitlines() == [path, f"{RUN}/*/000001"]
+    assert "is no pin" in run(["--config", config, "pin", "all"], check=2).stderr
+    assert "remote: 3 of 8" in run(["--config", config, "plan"], check=0).stdout
+    story = run(["--config", config, "explain", path], check=0).stdout
+    assert "pinned" in story
+    assert "read back or written" in story
+    told = json.loads(run(["--config", config, "explain", path, "--json"], check=0).stdout)
+    assert {v["side"] for v in told["verdicts"]} == {"remote", "local"}
+    run(["--config", config, "unpin", path], check=0)
+    assert "not pinned" in run(["--config", config, "unpin", path], check=1).stderr
+    other = site.home / "other.toml"
+    other.write_text(Path(config).read_text().replace("keep_last = 3", "keep_last = 6"))
+    assert "3 delete -> keep" in run(["--config", config, "plan", "--diff", str(other)], check=0).stdout
+    past = (now - timedelta(days=9)).isoformat()
+    assert "remote: 0 of 8" in run(["--config", config, "plan", "--at", past], check=0).stdout
+    assert "is no time" in run(["--config", config, "plan", "--at", "later"], check=2).stderr
+    breaker = run(["--config", config, "plan"], check=5, TINKER_SYNC__RETENTION__MAX_DELETES="2")
+    assert "BREAKER: 4 deletes of 8" in breaker.stdout
+    assert "neither listed nor here" in run(["--config", config, "explain", path + "9"], check=1).stderr
+    offline = run(["--config", config, "explain", path], check=0, TINKER_SYNC__TINKER__BASE_URL="http://127.0.0.1:1")
+    assert "what it listed last" in offline.stdout
+    assert len(site.sandbox.account.checkpoints) == 8
+    assert site.sandbox.account.deleted == []
 
 
 def test_doctor(site: Site) -> None:

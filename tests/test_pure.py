@@ -21,7 +21,7 @@ from tinker_sync.model.moments import from_micros, parse_time, rfc3339, to_micro
 from tinker_sync.model.names import decode_component, encode_component, hashed_component
 from tinker_sync.model.paths import PathInvalid, PayloadPath, SignedUrl, TinkerPath
 from tinker_sync.model.work import Failure, Replica, Trouble
-from tinker_sync.planning import Known, Selection, ServedRecord, matches, plan_transfers, retry_delay
+from tinker_sync.planning import Known, Selection, ServedRecord, plan_transfers, retry_delay
 
 RUN = "39aa5eb2-e234-5a95-ab68-896e4cac8c45:train:0"
 component = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=80)
@@ -387,8 +387,8 @@ def test_selection_by_type_and_globs() -> None:
     plan = plan_transfers(rows, Known(), chosen, now=NOW)
     assert [t.path.segment for t in plan.transfers] == ["weights"]
     assert {skip.reason.split()[0] for skip in plan.skipped} == {"excluded", "its"}
-    assert not matches(rows[0].path, "*/final")
-    assert not matches(TinkerPath("r", "weights", "a/b"), "r/weights/*x")
+    assert not rows[0].path.matches("*/final")
+    assert not TinkerPath("r", "weights", "a/b").matches("r/weights/*x")
 
 
 def test_back_off_doubles_to_six_hours_and_leaves_time() -> None:

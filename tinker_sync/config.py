@@ -375,7 +375,7 @@ class Settings(BaseSettings):
         """Keys that are set and that this version does not act on yet."""
         default = Settings.model_construct()
         pending = {
-            "retention": ("enforce", "remote", "local"),
+            "retention": ("enforce",),
             "mirror": ("max_bytes", "extend_ttl", "extend_ttl_max", "verify_every"),
             "poll": ("full_interval",),
             "transfer": ("bandwidth",),

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Final
 
 from tinker_sync.model.moments import to_micros
@@ -55,23 +54,12 @@ class Selection:
             return f"its type {path.checkpoint_type!r} is unknown to this version"
         if path.checkpoint_type not in self.types:
             return f"type {path.checkpoint_type} is not in [mirror] types"
-        if self.include and not any(matches(path, glob) for glob in self.include):
+        if self.include and not any(path.matches(glob) for glob in self.include):
             return "matched by nothing in [mirror] include"
         for glob in self.exclude:
-            if matches(path, glob):
+            if path.matches(glob):
                 return f"excluded by {glob!r} in [mirror] exclude"
         return None
-
-
-def matches(path: TinkerPath, glob: str) -> bool:
-    """Whether `<run glob>/<segment glob>/<name glob>` matches, each glob against its own component."""
-    parts = glob.removeprefix("tinker://").split("/")
-    if len(parts) != 3:
-        return False
-    return all(
-        fnmatchcase(component, pattern)
-        for component, pattern in zip((path.run_id, path.segment, path.name), parts, strict=True)
-    )
 
 
 @dataclass(frozen=True, slots=True)

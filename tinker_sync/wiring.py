@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import structlog
 
@@ -30,11 +31,12 @@ from tinker_sync.destination.lock import RootLock
 from tinker_sync.destination.mounts import is_network
 from tinker_sync.destination.root import STATE_DIRECTORY, RootFacts, prepare_root, read_facts
 from tinker_sync.destination.space import SpaceLedger
-from tinker_sync.errors import WrongRoot
+from tinker_sync.errors import ConfigInvalid, WrongRoot
 from tinker_sync.model.work import Damage, Replica
 from tinker_sync.passes import EngineSettings, Mirror
 from tinker_sync.planning import Selection
 from tinker_sync.queue import MemoryQueue
+from tinker_sync.retention import KeepBest, Policy, RetentionRules
 from tinker_sync.scrub import Scrubber
 from tinker_sync.transfer import Transferrer
 from tinker_sync.transport import ApiTransport, StorageTransport
@@ -42,7 +44,7 @@ from tinker_sync.transport import ApiTransport, StorageTransport
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
-    from tinker_sync.config import Settings
+    from tinker_sync.config import LocalPolicy, RemotePolicy, Settings
     from tinker_sync.ports import Reporter
 
 log = structlog.get_logger()
@@ -320,6 +322,51 @@ def selection(settings: Settings) -> Selection:
     """Which checkpoints the configuration wants."""
     mirror = settings.mirror
     return Selection(mirror.types, mirror.include, mirror.exclude, mirror.short_ttl, mirror.short_ttl_settle)
+
+
+def retention_rules(settings: Settings) -> RetentionRules:
+    """The policies as values. Raises ConfigInvalid for a timezone that this host does not know."""
+    retention = settings.retention
+    try:
+        zone = ZoneInfo(retention.timezone)
+    except (ZoneInfoNotFoundError, ValueError) as error:
+        message = f"[retention] timezone: {retention.timezone!r} is not known; write it like Europe/Berlin"
+        raise ConfigInvalid(message) from error
+    return RetentionRules(
+        timezone=zone,
+        min_age=retention.min_age,
+        remote=tuple(_policy(section) for section in retention.remote),
+        local=tuple(_policy(section) for section in retention.local),
+        action=retention.action,
+        max_deletes=retention.max_deletes,
+        max_delete_fraction=retention.max_delete_fraction,
+    )
+
+
+def _policy(section: RemotePolicy | LocalPolicy) -> Policy:
+    best = section.keep_best
+    slots = {
+        "hourly": section.keep_hourly,
+        "daily": section.keep_daily,
+        "weekly": section.keep_weekly,
+        "monthly": section.keep_monthly,
+        "yearly": section.keep_yearly,
+    }
+    return Policy(
+        name=section.name,
+        types=section.types,
+        include=section.include,
+        base_model=section.base_model,
+        metadata=section.metadata,
+        keep_last=section.keep_last,
+        keep_within=section.keep_within,
+        keep_slots={slot: count for slot, count in slots.items() if count is not None},
+        keep_every_steps=section.keep_every_steps,
+        keep_names=section.keep_names,
+        keep_best=None if best is None else KeepBest(best.metric, best.mode, best.count),
+        delete_adapter_only=getattr(section, "delete_adapter_only", False),
+        keep_orphans=getattr(section, "keep_orphans", True),
+    )
 
 
 def marker_required(settings: Settings) -> bool:

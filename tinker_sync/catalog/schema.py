@@ -35,6 +35,7 @@ replicas = Table(
     Column("manifest_sha256", String(64), nullable=False),
     Column("expires_at", BigInteger),
     Column("superseded", Boolean, nullable=False),
+    Column("user_metadata", Text),
     Column("damaged", Text, nullable=False),
 )
 

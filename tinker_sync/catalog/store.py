@@ -402,15 +402,18 @@ def _micros(moment: datetime | None) -> int | None:
     return None if moment is None else to_micros(moment)
 
 
+def _as_text(metadata: Mapping[str, str] | None) -> str | None:
+    return None if metadata is None else json.dumps(dict(metadata), sort_keys=True)
+
+
 def _upstream_row(checkpoint: Checkpoint) -> dict[str, Any]:
-    metadata = checkpoint.user_metadata
     return {
         "tinker_path": str(checkpoint.path),
         "time": to_micros(checkpoint.time),
         "size_bytes": checkpoint.size_bytes,
         "public": checkpoint.public,
         "expires_at": _micros(checkpoint.expires_at),
-        "user_metadata": None if metadata is None else json.dumps(dict(metadata), sort_keys=True),
+        "user_metadata": _as_text(checkpoint.user_metadata),
         "listed_id": checkpoint.listed_id,
     }
 
@@ -442,6 +445,7 @@ def _replica_row(replica: Replica) -> dict[str, Any]:
         "manifest_sha256": replica.manifest_sha256,
         "expires_at": _micros(replica.expires_at),
         "superseded": replica.superseded,
+        "user_metadata": _as_text(replica.user_metadata),
         "damaged": json.dumps(list(replica.damaged)),
     }
 
@@ -461,6 +465,7 @@ def _as_replica(row: Row[Any]) -> Replica:
         manifest_sha256=row.manifest_sha256,
         expires_at=_moment(row.expires_at),
         superseded=row.superseded,
+        user_metadata=None if row.user_metadata is None else json.loads(row.user_metadata),
         damaged=tuple(json.loads(row.damaged)) if row.damaged != "[]" else (),
     )
 

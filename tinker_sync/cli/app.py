@@ -233,6 +233,62 @@ def reindex(context: typer.Context, *, json: JsonOption = False) -> None:
     raise typer.Exit(local.reindex(load_with_logs(context, default_level="warning"), as_json=json))
 
 
+@app.command()
+def plan(
+    context: typer.Context,
+    *,
+    at: Annotated[str | None, typer.Option(help="Plan for another time: 2026-12-24T18:00:00Z")] = None,
+    diff: Annotated[Path | None, typer.Option(help="Show what this other configuration file would change.")] = None,
+    json: JsonOption = False,
+) -> None:
+    """Show what retention would let go now, and why, per checkpoint and side. Changes nothing.
+
+    Exit code 3: the listing could not be proven, so nothing may go. 5: the breaker would stop it.
+    """
+    from tinker_sync.cli import plan as planning  # noqa: PLC0415
+
+    settings = load_with_logs(context, default_level="warning")
+    run_async(planning.show(settings, at=at, diff=diff, as_json=json))
+
+
+@app.command()
+def explain(
+    context: typer.Context,
+    tinker_path: Annotated[str, typer.Argument(help="tinker://<run>/<segment>/<name>")],
+    *,
+    json: JsonOption = False,
+) -> None:
+    """Tell one checkpoint's story: where it is, why it is kept or would go, what proof there is or is missing."""
+    from tinker_sync.cli import plan as planning  # noqa: PLC0415
+
+    settings = load_with_logs(context, default_level="warning")
+    run_async(planning.explain(settings, parse_path(tinker_path), as_json=json))
+
+
+@app.command()
+def pin(
+    context: typer.Context,
+    paths: Annotated[
+        list[str] | None, typer.Argument(help="Tinker paths, or globs <run>/<segment>/<name>; none lists the pins.")
+    ] = None,
+) -> None:
+    """Never let these go, on any side. Without arguments: list what is pinned."""
+    from tinker_sync.cli import local  # noqa: PLC0415
+
+    raise typer.Exit(local.pin(load(context), paths or []))
+
+
+@app.command()
+def unpin(
+    context: typer.Context,
+    paths: Annotated[list[str], typer.Argument(help="Pins, exactly as `tinker-sync pin` lists them.")],
+) -> None:
+    """Take pins back."""
+    from tinker_sync.cli import local  # noqa: PLC0415
+
+    raise typer.Exit(local.unpin(load(context), paths))
+
+
 @app.command(name="check-config")
 def check_config(context: typer.Context, *, json: JsonOption = False) -> None:
     """Read the configuration, say what is wrong with it, or what it comes to. Asks no service."""

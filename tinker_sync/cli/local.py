@@ -235,6 +235,38 @@ def reindex(settings: Settings, *, as_json: bool) -> int:
     return 1 if damaged else 0
 
 
+def pin(settings: Settings, wanted: list[str]) -> int:
+    """Add pins, or list them."""
+    from tinker_sync.destination.files import make_directories  # noqa: PLC0415
+    from tinker_sync.destination.pins import read_pins, write_pins  # noqa: PLC0415
+
+    before = read_pins(settings.state)
+    if not wanted:
+        for line in before:
+            render.say(line)
+        return 0
+    for text in wanted:
+        if text.removeprefix("tinker://").count("/") != 2 or not text.isprintable():
+            message = f"{text!a} is no pin: write tinker://<run>/<segment>/<name>, or a glob of the same three parts"
+            raise FixFirst(message)
+    make_directories(settings.state, mode=0o700)
+    write_pins(settings.state, [*before, *wanted])
+    return 0
+
+
+def unpin(settings: Settings, wanted: list[str]) -> int:
+    """Take pins back; one that is not there is an error, since somebody relies on what it says."""
+    from tinker_sync.destination.pins import read_pins, write_pins  # noqa: PLC0415
+
+    before = read_pins(settings.state)
+    missing = [text for text in wanted if text not in before]
+    if missing:
+        message = f"not pinned: {', '.join(missing)}; `tinker-sync pin` lists what is"
+        raise TinkerSyncError(message)
+    write_pins(settings.state, [line for line in before if line not in wanted])
+    return 0
+
+
 def check_config(settings: Settings, explicit: Path | None, *, as_json: bool) -> int:
     """The configuration is valid; say what it comes to."""
     from tinker_sync.config import find_config  # noqa: PLC0415

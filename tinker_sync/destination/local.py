@@ -196,6 +196,15 @@ class LocalTree:
                 notes = json.loads((home / _NOTES).read_bytes())
                 yield _as_failure(notes, str(home.relative_to(self.root)))
 
+    def base_models(self) -> dict[str, str]:
+        """Of every run that is here, its base model, from `run.json`."""
+        found: dict[str, str] = {}
+        for directory in _subdirectories(self.root):
+            with suppress(OSError, ValueError, KeyError, TypeError):
+                facts = json.loads((directory / RUN_FILE).read_bytes())
+                found[str(facts["training_run_id"])] = str(facts["base_model"])
+        return found
+
     def record_run(self, run_id: str, facts: Mapping[str, object]) -> None:
         """Write `run.json`. Raises NoSpace, DiskTrouble."""
         with self._renames, disk_errors("cannot write run.json below", self.root):
@@ -265,6 +274,7 @@ class LocalTree:
             manifest_sha256=digest,
             expires_at=manifest.expires_at,
             superseded=superseded,
+            user_metadata=manifest.user_metadata,
         )
 
     def _free_name(self, parent: Path, component: str) -> str:

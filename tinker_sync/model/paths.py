@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import unicodedata
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Final
 from urllib.parse import urljoin, urlsplit
 
@@ -72,6 +73,14 @@ class TinkerPath:
     def tail(self) -> str:
         """`<run>/<segment>/<name>`, what globs in the configuration are matched against."""
         return f"{self.run_id}/{self.segment}/{self.name}"
+
+    def matches(self, glob: str) -> bool:
+        """Whether `<run glob>/<segment glob>/<name glob>` matches, each glob against its own component."""
+        parts = glob.removeprefix(_SCHEME).split("/")
+        if len(parts) != 3:
+            return False
+        components = (self.run_id, self.segment, self.name)
+        return all(fnmatchcase(component, pattern) for component, pattern in zip(components, parts, strict=True))
 
     def __str__(self) -> str:
         return f"{_SCHEME}{self.tail}"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from tinker_sync.model.checkpoint import Identity
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from datetime import datetime
 
     from tinker_sync.model.evidence import Defect
@@ -52,6 +53,7 @@ class Replica:
     manifest_sha256: str
     expires_at: datetime | None = None
     superseded: bool = False
+    user_metadata: Mapping[str, str] | None = None
     damaged: tuple[str, ...] = ()
     """What the last look at its bytes found wrong; empty when nothing."""
 

@@ -1,0 +1,263 @@
+"""`plan` and `explain`: what retention would let go now, and why. They change nothing, here or upstream."""
+
+from __future__ import annotations
+
+from collections import Counter
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from tinker_sync.cli import render
+from tinker_sync.config import load_settings
+from tinker_sync.destination.pins import read_pins
+from tinker_sync.errors import FixFirst, RequestRefused, ServiceTrouble, TinkerSyncError
+from tinker_sync.inventory import make_members
+from tinker_sync.model.checkpoint import Listing
+from tinker_sync.model.moments import parse_time, rfc3339
+from tinker_sync.planning import Known
+from tinker_sync.retention import plan_retention
+from tinker_sync.wiring import (
+    SystemClock,
+    make_account,
+    open_catalog_for_reading,
+    open_service,
+    open_tree_for_reading,
+    retention_rules,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tinker_sync.catalog.store import SqlCatalog
+    from tinker_sync.config import Settings
+    from tinker_sync.model.paths import TinkerPath
+    from tinker_sync.retention import Member, RetentionPlan, Verdict
+    from tinker_sync.wiring import Service
+
+_SHOWN_PER_RUN = 40
+
+
+async def show(settings: Settings, *, at: str | None, diff: Path | None, as_json: bool) -> int:
+    """Plan against a fresh listing, and print it."""
+    now = _moment(at)
+    other = load_settings(diff, root=settings.root) if diff is not None else None
+    async with open_service(settings) as service:
+        found = await make_account(settings, service, SystemClock()).list()
+        price = await _price(settings, service)
+    complete = isinstance(found, Listing)
+    members = _members(settings, found.checkpoints)
+    plan = plan_retention(members, retention_rules(settings), now=now, complete=complete)
+    if other is not None:
+        changed = plan_retention(members, retention_rules(other), now=now, complete=complete)
+        return _tell_difference(plan, changed, as_json=as_json)
+    if as_json:
+        render.print_json(
+            {
+                "complete": complete,
+                "breaker": None if plan.breaker is None else plan.breaker.as_json(),
+                "verdicts": [_as_json(verdict) for verdict in plan.verdicts],
+            }
+        )
+    else:
+        _tell(plan, {member.path: member for member in members}, settings, price, now)
+        for doubt in () if isinstance(found, Listing) else found.doubts:
+            render.say(f"nothing may go: the listing is unproven ({doubt})")
+    if not complete:
+        return 3
+    return 5 if plan.breaker is not None else 0
+
+
+async def explain(settings: Settings, path: TinkerPath, *, as_json: bool) -> int:
+    """One checkpoint's story; from the last listing when the service does not answer."""
+    try:
+        async with open_service(settings) as service:
+            found = await make_account(settings, service, SystemClock()).list()
+        rows, complete, source = found.checkpoints, isinstance(found, Listing), "the service, now"
+    except ServiceTrouble as error:
+        with open_catalog_for_reading(settings) as catalog:
+            rows, complete = tuple(catalog.listed()), False
+        source = f"what it listed last ({error})"
+    now = datetime.now(UTC)
+    members = _members(settings, rows)
+    subject = next((member for member in members if member.path == path), None)
+    if subject is None:
+        message = f"{path} is neither listed nor here: gone, or misspelt"
+        raise TinkerSyncError(message)
+    plan = plan_retention(members, retention_rules(settings), now=now, complete=complete)
+    verdicts = [verdict for verdict in plan.verdicts if verdict.path == path]
+    failure = _failure(settings, path)
+    if as_json:
+        render.print_json(
+            {
+                "tinker_path": str(path),
+                "source": source,
+                "complete": complete,
+                "remote": None if subject.remote is None else _remote_json(subject),
+                "replica": None if subject.replica is None else str(settings.root / subject.replica.directory),
+                "short_lived": subject.short_lived,
+                "failure": failure,
+                "verdicts": [_as_json(verdict) for verdict in verdicts],
+            }
+        )
+        return 0
+    _tell_story(subject, verdicts, settings, source, failure, now)
+    return 0
+
+
+def _moment(at: str | None) -> datetime:
+    if at is None:
+        return datetime.now(UTC)
+    try:
+        return parse_time(at)
+    except ValueError as error:
+        message = f"--at {at!r} is no time: write it like 2026-12-24T18:00:00Z"
+        raise FixFirst(message) from error
+
+
+def _members(settings: Settings, rows: Any) -> list[Member]:
+    known, base_models = Known(), {}
+    if (settings.state / "catalog.db").exists():
+        with open_catalog_for_reading(settings) as catalog:
+            known = catalog.known()
+        base_models = open_tree_for_reading(settings).base_models()
+    return make_members(
+        rows,
+        known,
+        pins=read_pins(settings.state),
+        base_models=base_models,
+        short_ttl=settings.mirror.short_ttl,
+    )
+
+
+def _failure(settings: Settings, path: TinkerPath) -> str | None:
+    if not (settings.state / "catalog.db").exists():
+        return None
+    catalog: SqlCatalog
+    with open_catalog_for_reading(settings) as catalog:
+        return next((failure.error for failure in catalog.failures() if failure.path == path), None)
+
+
+async def _price(settings: Settings, service: Service) -> float | None:
+    """Per GB and month: the service's rate where an admin asks, else the configuration's."""
+    try:
+        usage = await service.client.get_current_checkpoint_storage_usage()
+    except (RequestRefused, ServiceTrouble):
+        return settings.retention.price_per_gb_month
+    rate = usage.effective_rate_usd_per_gigabyte_month
+    return settings.retention.price_per_gb_month if rate is None else rate
+
+
+def _as_json(verdict: Verdict) -> dict[str, Any]:
+    return {
+        "tinker_path": str(verdict.path),
+        "side": verdict.side,
+        "action": verdict.action,
+        "policy": verdict.policy,
+        "reasons": [{"why": reason.why, "detail": reason.detail} for reason in verdict.reasons],
+    }
+
+
+def _remote_json(member: Member) -> dict[str, Any]:
+    row = member.remote
+    if row is None:
+        return {}
+    return {
+        "time": rfc3339(row.time),
+        "size_bytes": row.size_bytes,
+        "public": row.public,
+        "expires_at": None if row.expires_at is None else rfc3339(row.expires_at),
+    }
+
+
+def _tell(
+    plan: RetentionPlan, members: dict[TinkerPath, Member], settings: Settings, price: float | None, now: datetime
+) -> None:
+    if not settings.retention.remote and not settings.retention.local:
+        render.say("no policy is configured ([[retention.remote]], [[retention.local]]): everything is kept")
+    by_run: dict[str, list[Verdict]] = {}
+    for verdict in plan.verdicts:
+        by_run.setdefault(verdict.path.run_id, []).append(verdict)
+    for run, verdicts in by_run.items():
+        going = sum(1 for verdict in verdicts if verdict.action != "keep")
+        if not going:
+            continue
+        render.say(f"{run}: {going} of {len(verdicts)} would go")
+        ordered = sorted(verdicts, key=lambda verdict: (verdict.action == "keep", verdict.path))
+        render.table(
+            ("checkpoint", "side", "would", "age", "size", "why"),
+            [_row(verdict, members[verdict.path], now) for verdict in ordered[:_SHOWN_PER_RUN]],
+        )
+        if len(ordered) > _SHOWN_PER_RUN:
+            render.say(f"  … {len(ordered) - _SHOWN_PER_RUN} more, see --json")
+    _tell_totals(plan, members, price)
+
+
+def _row(verdict: Verdict, member: Member, now: datetime) -> tuple[str, ...]:
+    return (
+        f"{verdict.path.segment}/{verdict.path.name}",
+        verdict.side,
+        verdict.action,
+        render.ago(member.time, now),
+        render.size(member.size_bytes),
+        "; ".join(reason.detail or reason.why for reason in verdict.reasons[:3]),
+    )
+
+
+def _tell_totals(plan: RetentionPlan, members: dict[TinkerPath, Member], price: float | None) -> None:
+    for side in ("remote", "local"):
+        mine = [verdict for verdict in plan.verdicts if verdict.side == side]
+        going = [verdict for verdict in mine if verdict.action != "keep"]
+        size = sum(members[verdict.path].size_bytes for verdict in going)
+        money = f", ${size / 1e9 * price:,.2f} per month" if side == "remote" and price is not None and going else ""
+        render.say(f"{side}: {len(going)} of {len(mine)} would go, {render.size(size)}{money}")
+    if plan.breaker is not None:
+        tripped = plan.breaker
+        render.say(
+            f"BREAKER: {tripped.deletes} deletes of {tripped.listed} listed are over max_deletes = "
+            f"{tripped.max_deletes} or max_delete_fraction = {tripped.max_delete_fraction}: none would happen"
+        )
+    render.say("this version only plans: nothing is deleted")
+
+
+def _tell_difference(before: RetentionPlan, after: RetentionPlan, *, as_json: bool) -> int:
+    """What another configuration would change."""
+    old = {(verdict.path, verdict.side): verdict for verdict in before.verdicts}
+    changed = [
+        (old[verdict.path, verdict.side], verdict)
+        for verdict in after.verdicts
+        if old[verdict.path, verdict.side].action != verdict.action
+    ]
+    if as_json:
+        render.print_json({"changed": [{"before": _as_json(a), "after": _as_json(b)} for a, b in changed]})
+        return 0
+    for was, now in changed:
+        why = "; ".join(reason.detail or reason.why for reason in now.reasons[:2])
+        render.say(f"{now.side} {now.path}: {was.action} -> {now.action} ({why})")
+    counts = Counter(f"{was.action} -> {now.action}" for was, now in changed)
+    render.say(", ".join(f"{number} {what}" for what, number in counts.items()) or "no difference")
+    return 0
+
+
+def _tell_story(
+    member: Member, verdicts: list[Verdict], settings: Settings, source: str, failure: str | None, now: datetime
+) -> None:
+    render.say(str(member.path))
+    render.say(f"  made {render.ago(member.time, now)}{', short-lived' if member.short_lived else ''}; from {source}")
+    if member.remote is None:
+        render.say("  upstream: not listed")
+    else:
+        expiry = member.remote.expires_at
+        ends = "never expires" if expiry is None else f"expires {render.ahead(expiry, now)}"
+        render.say(f"  upstream: {render.size(member.remote.size_bytes or 0)}, {ends}")
+    if member.replica is None:
+        render.say(f"  here: no replica{f' ({failure})' if failure else ''}")
+    else:
+        replica = member.replica
+        state = f"DAMAGED: {'; '.join(replica.damaged)}" if replica.damaged else replica.fidelity
+        render.say(f"  here: {settings.root / replica.directory} ({state})")
+        render.say(f"  proof: read back or written {render.ago(replica.verified_at, now)}; "
+                   f"manifest {replica.manifest_sha256[:16]}…")  # fmt: skip
+    for verdict in verdicts:
+        policy = f" by policy {verdict.policy!r}" if verdict.policy else ""
+        render.say(f"  {verdict.side}: {verdict.action}{policy}")
+        for reason in verdict.reasons:
+            render.say(f"    {reason.why}: {reason.detail}")
