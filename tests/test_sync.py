@@ -707,7 +707,7 @@ async def test_sixty_checkpoints_with_every_fault_mixed_in(site: Site) -> None:
     account, sandbox = site.sandbox.account, site.sandbox
     sandbox.quirks.digests = True
     good: dict[Any, Payload] = {}
-    for n in range(36):
+    for n in range(40):
         kind = ("training", "sampler", "external")[n % 3]
         payload = adapter(n, optimizer=kind == "training", marker=kind != "external", compressed=n % 4 == 1)
         good[account.add(RUN, f"{n:06}", kind, payload=payload, ttl=timedelta(days=7)).path] = payload
@@ -723,6 +723,7 @@ async def test_sixty_checkpoints_with_every_fault_mixed_in(site: Site) -> None:
     bad.add(broken)
     dots = account.add(RUN, "..", payload=adapter(1)).path
     bad.add(dots)
+    assert (len(good), len(bad), len(account.checkpoints)) == (45, 15, 60)
     result = await site.sync()
     assert set(result.transferred) == set(good)
     assert set(result.failed) == bad

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import random
+import sys
 import tempfile
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -87,7 +88,7 @@ async def _scenes(sandbox: Sandbox, settings: Settings, home: Path) -> bool:
 
     _say("6  What is on the disk: a replica's directory is its tinker path")
     _print_tree(settings.root)
-    command = f"tinker-sync --config {home / 'config.toml'}"
+    command = f"{sys.argv[0]} --config {home / 'config.toml'}"
     _say("Everything is in " + str(home))
     render.say(f"   try:  {command} status")
     render.say(f"         {command} ls")
@@ -138,7 +139,7 @@ async def _stay(sandbox: Sandbox, home: Path) -> None:
     control = sandbox.base_url + "/sandbox"
     render.say(f'   curl -d \'{{"name": "000120", "ttl_seconds": 14400}}\' {control}/checkpoints')
     render.say(f'   curl -d \'{{"where": "storage", "kind": "cut", "at": 1000, "times": 1}}\' {control}/faults')
-    render.say(f"   tinker-sync --config {home / 'config.toml'} sync")
+    render.say(f"   {sys.argv[0]} --config {home / 'config.toml'} sync")
     with contextlib.suppress(asyncio.CancelledError):
         await asyncio.Event().wait()
 

@@ -181,13 +181,16 @@ def _tell(
         if not going:
             continue
         render.say(f"{run}: {going} of {len(verdicts)} would go")
-        ordered = sorted(verdicts, key=lambda verdict: (verdict.action == "keep", verdict.path))
+        governed = [verdict for verdict in verdicts if verdict.policy is not None]
+        ordered = sorted(governed, key=lambda verdict: (verdict.action == "keep", verdict.path))
         render.table(
             ("checkpoint", "side", "would", "age", "size", "why"),
             [_row(verdict, members[verdict.path], now) for verdict in ordered[:_SHOWN_PER_RUN]],
         )
         if len(ordered) > _SHOWN_PER_RUN:
             render.say(f"  … {len(ordered) - _SHOWN_PER_RUN} more, see --json")
+        if len(verdicts) > len(governed):
+            render.say(f"  {len(verdicts) - len(governed)} are selected by no policy, and stay")
     _tell_totals(plan, members, price)
 
 
