@@ -126,7 +126,7 @@ def kills(times: int = 50) -> None:
     with serving() as sandbox, tempfile.TemporaryDirectory() as text:
         home = Path(text)
         base = config(home, sandbox)
-        for n in range(400):
+        for n in range(1000):
             sandbox.account.add(RUN, f"{n:06}", payload=adapter(n, pad_to=3_000_000), ttl=timedelta(days=7))
         seen = []
         for _ in range(times):
@@ -141,7 +141,7 @@ def kills(times: int = 50) -> None:
         left = len(list((home / "mirror" / ".tinker-sync" / "staging").iterdir()))
         print(
             f"kills        {times} of kill -9: replicas after each {seen[0]}…{seen[-1]}, all whole; then one sync: "
-            f"{report['ok']} of 400 ok, stages {before} before it, {left} after"
+            f"{report['ok']} of 1,000 ok, stages {before} before it, {left} after"
         )
 
 
