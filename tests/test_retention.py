@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tests.conftest import NOW, hours, minutes
 from tests.test_pure import replica_of
 from tinker_sync.model.checkpoint import Checkpoint
+from tinker_sync.model.moments import UNKNOWN_TIME
 from tinker_sync.model.paths import SEGMENT_OF_TYPE, TinkerPath
 from tinker_sync.retention import KeepBest, Member, Policy, RetentionPlan, RetentionRules, plan_retention, step_of
 
@@ -166,6 +167,12 @@ def test_guards_hold_whatever_a_policy_says() -> None:
     assert "newest" in why(members, chosen, "young"), "the newest that lasts, beside the future one"
     accepting = rules(policy(keep_names=("nothing",), delete_adapter_only=True))
     assert "adapter" in gone(members, accepting)
+
+
+def test_a_checkpoint_without_a_time_stays() -> None:
+    """Nobody knows how old it is."""
+    undated = member("undated", NOW - UNKNOWN_TIME)
+    assert gone([*DAILY[:3], undated], rules(policy(keep_names=("none",)))) == {"000001", "000002"}
 
 
 def test_first_match_governs_and_unknown_keeps() -> None:

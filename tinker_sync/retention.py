@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Final, Literal
 
+from tinker_sync.model.moments import UNKNOWN_TIME
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
     from datetime import datetime, timedelta, tzinfo
@@ -390,6 +392,8 @@ def _guard_newest(found: Kept, members: Sequence[Member], now: datetime) -> None
 def _common_guards(member: Member, rules: RetentionRules, now: datetime) -> Iterable[Reason]:
     if member.pinned:
         yield Reason("pinned", "pinned; `tinker-sync unpin` lifts it")
+    if member.time == UNKNOWN_TIME:
+        yield Reason("unknown", "the service gave no time for it")
     if member.time > now:
         yield Reason("future", "created in the future")
     elif now - member.time < rules.min_age:
