@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 
 from tests.conftest import NOW, hours, minutes
 from tests.test_pure import replica_of
+from tinker_sync.inventory import make_members
 from tinker_sync.model.checkpoint import Checkpoint
 from tinker_sync.model.moments import UNKNOWN_TIME
 from tinker_sync.model.paths import SEGMENT_OF_TYPE, TinkerPath
+from tinker_sync.planning import Known
 from tinker_sync.retention import KeepBest, Member, Policy, RetentionPlan, RetentionRules, plan_retention, step_of
 
 DAY = timedelta(days=1)
@@ -173,6 +175,18 @@ def test_a_checkpoint_without_a_time_stays() -> None:
     """Nobody knows how old it is."""
     undated = member("undated", NOW - UNKNOWN_TIME)
     assert gone([*DAILY[:3], undated], rules(policy(keep_names=("none",)))) == {"000001", "000002"}
+
+
+def test_year_one_and_pins_with_brackets() -> None:
+    """Some languages' word for no time is kept and breaks nothing; a pin is taken literally too."""
+    ancient = member("ancient", NOW - datetime(1, 1, 1, tzinfo=UTC))
+    chosen = rules(policy(keep_within=DAY, keep_slots={"daily": 3}), timezone=ZoneInfo("America/New_York"))
+    assert "ancient" not in gone([*DAILY[:3], ancient], chosen)
+    row = Checkpoint(TinkerPath("run", "sampler_weights", "best[1]"), NOW, 1)
+    for pin in (str(row.path), "run/*/best[[]1]"):
+        (made,) = make_members([row], Known(), pins=(pin,), base_models={"run": ""}, short_ttl=hours(3))
+        assert made.pinned
+        assert made.base_model is None, "an empty base model is an unknown one"
 
 
 def test_first_match_governs_and_unknown_keeps() -> None:

@@ -26,8 +26,8 @@ def make_members(
 ) -> list[Member]:
     """The inventory: what is listed joined with what is here."""
     found: dict[TinkerPath, Member] = {}
-    exact = {pin for pin in pins if not set(pin) & set("*?[")}
-    globs = tuple(pin for pin in pins if pin not in exact)
+    exact = set(pins)  # a name can hold `[`: every pin is taken literally too
+    globs = tuple(pin for pin in pins if set(pin) & set("*?["))
 
     def pinned(path: TinkerPath) -> bool:
         return str(path) in exact or path.tail in exact or any(path.matches(glob) for glob in globs)
@@ -41,7 +41,7 @@ def make_members(
             replica if replica is not None and replica.identity.matches(row.identity) else None,
             short_lived=is_short_lived(row, known, short_ttl),
             pinned=pinned(row.path),
-            base_model=base_models.get(row.path.run_id),
+            base_model=base_models.get(row.path.run_id) or None,
             user_metadata=row.user_metadata,
             step=step_of(row.path.name),
         )
@@ -55,7 +55,7 @@ def make_members(
                 replica,
                 short_lived=born is not None and born < short_ttl,
                 pinned=pinned(path),
-                base_model=base_models.get(path.run_id),
+                base_model=base_models.get(path.run_id) or None,
                 user_metadata=replica.user_metadata,
                 step=step_of(path.name),
             )

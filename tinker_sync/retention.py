@@ -164,12 +164,10 @@ class RetentionPlan:
 
     @property
     def permitted(self) -> tuple[Verdict, ...]:
-        """What may be carried out: nothing at all on the remote side when the breaker tripped."""
-        return tuple(
-            verdict
-            for verdict in self.verdicts
-            if verdict.action != "keep" and (verdict.side == "local" or self.breaker is None)
-        )
+        """What may be carried out: nothing at all, on either side, when the breaker tripped."""
+        if self.breaker is not None:
+            return ()
+        return tuple(verdict for verdict in self.verdicts if verdict.action != "keep")
 
 
 def step_of(name: str) -> int | None:
@@ -247,7 +245,10 @@ def _verdict(path: TinkerPath, side: Side, policy: Policy | None, kept: list[Rea
     name = None if policy is None else policy.name
     if kept:
         return Verdict(path, side, "keep", name, tuple(kept))
-    return Verdict(path, side, action, name, (Reason("no-rule", f"no rule of policy {name!r} keeps it"),))
+    told = [Reason("no-rule", f"no rule of policy {name!r} keeps it")]
+    if policy is not None and policy.keep_every_steps is not None and step_of(path.name) is None:
+        told.append(Reason("keep_every_steps", "its name has no step: neither kept nor dropped by this rule"))
+    return Verdict(path, side, action, name, tuple(told))
 
 
 def _kept_by_policy(members: Sequence[Member], policies: Sequence[Policy], zone: tzinfo, now: datetime) -> Kept:
@@ -266,7 +267,12 @@ def _kept_by_policy(members: Sequence[Member], policies: Sequence[Policy], zone:
 
 
 def _takes_part(member: Member, now: datetime) -> bool:
-    return not member.short_lived and not member.ttl_is_ours and member.time <= now
+    return not member.short_lived and not member.ttl_is_ours and _is_dated(member) and member.time <= now
+
+
+def _is_dated(member: Member) -> bool:
+    """Whether the service gave a time that can be one; year 1 is some languages' word for none."""
+    return member.time > UNKNOWN_TIME
 
 
 def _governing(member: Member, policies: Sequence[Policy]) -> tuple[Policy | None, Reason | None]:
@@ -307,9 +313,8 @@ def _apply(policy: Policy, members: Sequence[Member], zone: tzinfo) -> Iterable[
         for place, member in enumerate(reversed(members[-policy.keep_last :]), start=1):
             yield member.path, Reason("keep_last", f"number {place} of the newest {policy.keep_last}")
     if policy.keep_within is not None:
-        since = members[-1].time - policy.keep_within
         for member in members:
-            if member.time >= since:
+            if members[-1].time - member.time <= policy.keep_within:
                 yield member.path, Reason("keep_within", f"within {policy.keep_within} of the newest")
     for slot, count in policy.keep_slots.items():
         yield from _keep_slots(slot, count, members, zone)
@@ -392,7 +397,7 @@ def _guard_newest(found: Kept, members: Sequence[Member], now: datetime) -> None
 def _common_guards(member: Member, rules: RetentionRules, now: datetime) -> Iterable[Reason]:
     if member.pinned:
         yield Reason("pinned", "pinned; `tinker-sync unpin` lifts it")
-    if member.time == UNKNOWN_TIME:
+    if not _is_dated(member):
         yield Reason("unknown", "the service gave no time for it")
     if member.time > now:
         yield Reason("future", "created in the future")

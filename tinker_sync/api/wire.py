@@ -43,6 +43,11 @@ def _lenient_flag(value: object) -> object:
     return value if isinstance(value, bool) else False
 
 
+def _lenient_public(value: object) -> object:
+    """Absent is private; anything but a plain false is public, which is the side that deletes nothing."""
+    return value is not None and value is not False
+
+
 def _lenient_cursor(value: object) -> object:
     """A cursor without a usable total is none."""
     total = value.get("total_count") if isinstance(value, dict) else None
@@ -70,7 +75,7 @@ class Checkpoint(Wire):
     checkpoint_type: Text = ""
     time: Moment = None
     size_bytes: Size = None
-    public: Flag = False
+    public: Annotated[bool, BeforeValidator(_lenient_public)] = False
     user_metadata: Metadata = None
     expires_at: Moment = None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -238,7 +239,8 @@ def reindex(settings: Settings, *, as_json: bool) -> int:
 def pin(settings: Settings, wanted: list[str]) -> int:
     """Add pins, or list them."""
     from tinker_sync.destination.files import make_directories  # noqa: PLC0415
-    from tinker_sync.destination.pins import read_pins, write_pins  # noqa: PLC0415
+    from tinker_sync.destination.pins import is_pin, read_pins, write_pins  # noqa: PLC0415
+    from tinker_sync.wiring import open_tree_for_reading  # noqa: PLC0415
 
     before = read_pins(settings.state)
     if not wanted:
@@ -246,9 +248,13 @@ def pin(settings: Settings, wanted: list[str]) -> int:
             render.say(line)
         return 0
     for text in wanted:
-        if text.removeprefix("tinker://").count("/") != 2 or not text.isprintable():
+        if not is_pin(text) or not text.isprintable():
             message = f"{text!a} is no pin: write tinker://<run>/<segment>/<name>, or a glob of the same three parts"
             raise FixFirst(message)
+    open_tree_for_reading(settings)  # a pin belongs to a root that is there, mounted and ours
+    if settings.root.stat().st_uid != os.geteuid():
+        message = f"{settings.root} belongs to another user: run as its owner (sudo -u …)"
+        raise FixFirst(message)
     make_directories(settings.state, mode=0o700)
     write_pins(settings.state, [*before, *wanted])
     return 0
@@ -270,12 +276,14 @@ def unpin(settings: Settings, wanted: list[str]) -> int:
 def check_config(settings: Settings, explicit: Path | None, *, as_json: bool) -> int:
     """The configuration is valid; say what it comes to."""
     from tinker_sync.config import find_config  # noqa: PLC0415
+    from tinker_sync.wiring import retention_rules  # noqa: PLC0415
 
     path = find_config(explicit)
     key_file = settings.api_key_file
     if key_file is not None and not key_file.exists():
         message = f"{path or 'the environment'}: [tinker] api_key_file: {key_file} does not exist"
         raise ConfigInvalid(message)
+    retention_rules(settings)
     if as_json:
         document = settings.model_dump(mode="json")
         render.print_json(

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from tinker_sync.cli import render
 from tinker_sync.config import load_settings
 from tinker_sync.destination.pins import read_pins
-from tinker_sync.errors import FixFirst, RequestRefused, ServiceTrouble, TinkerSyncError
+from tinker_sync.destination.root import read_facts
+from tinker_sync.errors import FixFirst, RequestRefused, ServiceTrouble, TinkerSyncError, WrongRoot
 from tinker_sync.inventory import make_members
 from tinker_sync.model.checkpoint import Listing
 from tinker_sync.model.moments import parse_time, rfc3339
@@ -25,6 +26,7 @@ from tinker_sync.wiring import (
 )
 
 if TYPE_CHECKING:
+    from datetime import timedelta
     from pathlib import Path
 
     from tinker_sync.catalog.store import SqlCatalog
@@ -39,6 +41,7 @@ _SHOWN_PER_RUN = 40
 async def show(settings: Settings, *, at: str | None, diff: Path | None, as_json: bool) -> int:
     """Plan against a fresh listing, and print it."""
     now = _moment(at)
+    _check_root(settings)
     other = load_settings(diff, root=settings.root) if diff is not None else None
     async with open_service(settings) as service:
         found = await make_account(settings, service, SystemClock()).list()
@@ -47,8 +50,10 @@ async def show(settings: Settings, *, at: str | None, diff: Path | None, as_json
     members = _members(settings, found.checkpoints)
     plan = plan_retention(members, retention_rules(settings), now=now, complete=complete)
     if other is not None:
-        changed = plan_retention(members, retention_rules(other), now=now, complete=complete)
-        return _tell_difference(plan, changed, as_json=as_json)
+        theirs = _members(settings, found.checkpoints, short_ttl=other.mirror.short_ttl)
+        changed = plan_retention(theirs, retention_rules(other), now=now, complete=complete)
+        _tell_difference(plan, changed, complete=complete, as_json=as_json)
+        return 0 if complete else 3
     if as_json:
         render.print_json(
             {
@@ -113,7 +118,15 @@ def _moment(at: str | None) -> datetime:
         raise FixFirst(message) from error
 
 
-def _members(settings: Settings, rows: Any) -> list[Member]:
+def _check_root(settings: Settings) -> None:
+    """Verdicts about another server's replicas would be nonsense. Raises WrongRoot."""
+    facts = read_facts(settings.root)
+    if facts is not None and facts.server != settings.base_url:
+        message = f"{settings.root} mirrors {facts.server}, [tinker] base_url is {settings.base_url}"
+        raise WrongRoot(message)
+
+
+def _members(settings: Settings, rows: Any, *, short_ttl: timedelta | None = None) -> list[Member]:
     known, base_models = Known(), {}
     if (settings.state / "catalog.db").exists():
         with open_catalog_for_reading(settings) as catalog:
@@ -124,7 +137,7 @@ def _members(settings: Settings, rows: Any) -> list[Member]:
         known,
         pins=read_pins(settings.state),
         base_models=base_models,
-        short_ttl=settings.mirror.short_ttl,
+        short_ttl=settings.mirror.short_ttl if short_ttl is None else short_ttl,
     )
 
 
@@ -221,7 +234,7 @@ def _tell_totals(plan: RetentionPlan, members: dict[TinkerPath, Member], price: 
     render.say("this version only plans: nothing is deleted")
 
 
-def _tell_difference(before: RetentionPlan, after: RetentionPlan, *, as_json: bool) -> int:
+def _tell_difference(before: RetentionPlan, after: RetentionPlan, *, complete: bool, as_json: bool) -> None:
     """What another configuration would change."""
     old = {(verdict.path, verdict.side): verdict for verdict in before.verdicts}
     changed = [
@@ -230,14 +243,21 @@ def _tell_difference(before: RetentionPlan, after: RetentionPlan, *, as_json: bo
         if old[verdict.path, verdict.side].action != verdict.action
     ]
     if as_json:
-        render.print_json({"changed": [{"before": _as_json(a), "after": _as_json(b)} for a, b in changed]})
-        return 0
+        render.print_json(
+            {
+                "complete": complete,
+                "breaker": None if after.breaker is None else after.breaker.as_json(),
+                "changed": [{"before": _as_json(a), "after": _as_json(b)} for a, b in changed],
+            }
+        )
+        return
+    if not complete:
+        render.say("the listing is unproven: nothing may go, by either configuration")
     for was, now in changed:
         why = "; ".join(reason.detail or reason.why for reason in now.reasons[:2])
         render.say(f"{now.side} {now.path}: {was.action} -> {now.action} ({why})")
     counts = Counter(f"{was.action} -> {now.action}" for was, now in changed)
     render.say(", ".join(f"{number} {what}" for what, number in counts.items()) or "no difference")
-    return 0
 
 
 def _tell_story(

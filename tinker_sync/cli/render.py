@@ -37,14 +37,20 @@ def ago(moment: datetime, now: datetime) -> str:
     """`3 minutes ago`."""
     from humanize import naturaltime  # noqa: PLC0415
 
-    return naturaltime(now - moment)
+    try:
+        return naturaltime(now - moment)
+    except OverflowError:
+        return moment.date().isoformat()
 
 
 def ahead(moment: datetime, now: datetime) -> str:
     """`in 3 hours`, or `3 hours ago`."""
     from humanize import naturaldelta  # noqa: PLC0415
 
-    return f"in {naturaldelta(moment - now)}" if moment > now else f"{naturaldelta(now - moment)} ago"
+    try:
+        return f"in {naturaldelta(moment - now)}" if moment > now else f"{naturaldelta(now - moment)} ago"
+    except OverflowError:
+        return moment.date().isoformat()
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

@@ -202,7 +202,8 @@ class LocalTree:
         for directory in _subdirectories(self.root):
             with suppress(OSError, ValueError, KeyError, TypeError):
                 facts = json.loads((directory / RUN_FILE).read_bytes())
-                found[str(facts["training_run_id"])] = str(facts["base_model"])
+                if isinstance(facts["base_model"], str) and facts["base_model"]:
+                    found[str(facts["training_run_id"])] = facts["base_model"]
         return found
 
     def record_run(self, run_id: str, facts: Mapping[str, object]) -> None:
