@@ -177,6 +177,17 @@ async def test_storage_follows_http_alone(location: str) -> None:
             await body_of(storage, location)
 
 
+async def test_a_redirect_of_the_listing_to_what_is_no_url_is_words() -> None:
+    """Not even a broken `Location` on an ordinary call is a traceback."""
+
+    async def redirect(_: web.Request) -> web.StreamResponse:
+        return web.Response(status=302, headers={"Location": "http://[bad"})
+
+    async with serving(redirect) as origin, ApiTransport(origin, None) as transport:
+        with pytest.raises(ProtocolBroken, match="a redirect to nowhere"):
+            await RestClient(transport).list_user_checkpoints()
+
+
 async def test_a_redirect_loop_ends() -> None:
     """A few hops, then words."""
 

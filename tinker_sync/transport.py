@@ -25,7 +25,7 @@ import time
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Protocol, Self, TypeVar
-from urllib.parse import quote, unquote_to_bytes, urlsplit
+from urllib.parse import quote, unquote_to_bytes
 
 import aiohttp
 import aiohttp.http_exceptions
@@ -406,7 +406,7 @@ class ApiTransport:
         if answer.status >= 400:
             raise self._refusal(answer, method, segments)
         if answer.status >= 300:
-            where = urlsplit(answer.headers.get("location", "")).hostname or "nowhere"
+            where = SignedUrl(answer.headers.get("location", "")).host or "nowhere"
             message = f"{self.host} answered {answer.status}, a redirect to {where}: is [tinker] base_url right?"
             raise errors.ProtocolBroken(message)
         return answer
