@@ -148,28 +148,36 @@ def kills(times: int = 50) -> None:
 def planning() -> None:
     """Retention over 10^4, 10^5 and 10^6 checkpoints: seconds and memory, each in a process of its own."""
     code = """
-import resource, sys, time
+import gc, resource, sys, time
 from datetime import UTC, datetime, timedelta
 from tinker_sync.model.checkpoint import Checkpoint
 from tinker_sync.model.paths import TinkerPath
-from tinker_sync.retention import Member, Policy, RetentionRules, plan_retention
-count, now = int(sys.argv[1]), datetime(2026, 6, 1, tzinfo=UTC)
+from tinker_sync.model.work import Replica
+from tinker_sync.retention import KeepBest, Member, Policy, RetentionRules, plan_retention
+count, sides, now = int(sys.argv[1]), sys.argv[2], datetime(2026, 6, 1, tzinfo=UTC)
 def member(n):
     path = TinkerPath(f"run-{n // 1000}:train:0", "sampler_weights", f"{n % 1000:06}")
     row = Checkpoint(path, now - timedelta(minutes=30 * (n % 1000)), 1000)
-    return Member(path, row.time, row, None, step=n % 1000)
+    replica = None
+    if sides == "both":
+        replica = Replica(path, row.time, 1000, str(path), 1000, 3, "exact", "archive", row.time, row.time, "")
+    return Member(path, row.time, row, replica, step=n % 1000, user_metadata={"loss": str(n % 7)})
 members = [member(n) for n in range(count)]
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 policy = Policy("p", ("sampler",), keep_last=3, keep_slots={"daily": 7}, keep_every_steps=100)
-rules = RetentionRules(timezone=UTC, min_age=timedelta(hours=1), remote=(policy,))
+local = Policy("l", ("sampler",), keep_last=20, keep_within=timedelta(days=2), keep_slots={"monthly": 12, "weekly": 4},
+    keep_every_steps=50, keep_names=("final", "best*"), keep_best=KeepBest("loss", "min", 5))
+rules = RetentionRules(timezone=UTC, min_age=timedelta(hours=1), remote=(policy,), local=(local,))
+gc.set_threshold(100_000, 20, 20)  # as the command does
 begun = time.process_time()
 plan = plan_retention(members, rules, now=now, complete=True)
 spent = time.process_time() - begun
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-print(f"planning     {count:>9,} checkpoints: {spent:.2f} s CPU, {before:.0f} MB inventory, {peak:.0f} MB peak")
+print(f"planning     {count:>9,} checkpoints, {sides:6}: {spent:.2f} s CPU, {before:.0f} MB inventory, {peak:.0f} MB peak")
 """
-    for count in (10_000, 100_000, 1_000_000):
-        subprocess.run([sys.executable, "-c", code, str(count)], check=True)
+    for sides in ("remote", "both"):
+        for count in (10_000, 100_000, 1_000_000):
+            subprocess.run([sys.executable, "-c", code, str(count), sides], check=True)
 
 
 def whole(root: Path) -> int:

@@ -15,14 +15,16 @@ import pytest
 import structlog
 
 from tinker_sync.config import Settings
+from tinker_sync.journal import read_events
 from tinker_sync.model.paths import TinkerPath
 from tinker_sync.sandbox import Sandbox
-from tinker_sync.wiring import Silent, open_mirror, open_root, open_service
+from tinker_sync.wiring import SYSTEM_CLOCK, Silent, open_mirror, open_root, open_service
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
     from tinker_sync.passes import PassResult
+    from tinker_sync.ports import Clock
 
 NOW = datetime(2026, 1, 15, 12, 0, tzinfo=UTC)
 
@@ -58,6 +60,8 @@ class Site:
     mirror: dict[str, Any] = field(default_factory=dict)
     tinker: dict[str, Any] = field(default_factory=dict)
     transfer: dict[str, Any] = field(default_factory=dict)
+    retention: dict[str, Any] = field(default_factory=dict)
+    clock: Clock = SYSTEM_CLOCK
 
     @property
     def root(self) -> Path:
@@ -73,6 +77,7 @@ class Site:
                 "tinker": {"base_url": self.sandbox.base_url, "api_key_file": str(key), **self.tinker},
                 "mirror": {"root": str(self.root), "min_free": 0, **self.mirror},
                 "transfer": {"stall_timeout": "2s", **self.transfer},
+                "retention": self.retention,
             }
         )
 
@@ -81,17 +86,27 @@ class Site:
         settings = self.settings()
         async with open_service(settings) as service:
             await service.credentials.headers()
-            with open_root(settings, command="test", account=service.credentials.account) as root:
-                async with open_mirror(settings, service, root, reporter or Silent()) as mirror:
+            with open_root(settings, command="test", account=service.credentials.account, clock=self.clock) as root:
+                async with open_mirror(settings, service, root, reporter or Silent(), clock=self.clock) as mirror:
                     return await mirror.sync()
+
+    async def prune(self, allow: int | None = None) -> PassResult:
+        """Enforce once in this process."""
+        async with self.opened() as mirror:
+            return await mirror.prune(allow=allow)
+
+    def events(self, *names: str) -> list[dict[str, Any]]:
+        """The journal, or only events of these names."""
+        found = [event for _, event in read_events(self.root / ".tinker-sync")]
+        return [event for event in found if not names or event["event"] in names]
 
     @asynccontextmanager
     async def opened(self) -> AsyncIterator[Any]:
         """The engine, for tests that look inside."""
         settings = self.settings()
         async with open_service(settings) as service:
-            with open_root(settings, command="test") as root:
-                async with open_mirror(settings, service, root, Silent()) as mirror:
+            with open_root(settings, command="test", clock=self.clock) as root:
+                async with open_mirror(settings, service, root, Silent(), clock=self.clock) as mirror:
                     yield mirror
 
     def directory(self, path: TinkerPath | str) -> Path:

@@ -295,7 +295,7 @@ def test_plan_explain_and_pins(site: Site) -> None:
     assert all(v["reasons"][0].keys() == {"why", "detail"} for v in planned["verdicts"])
     text = run(["--config", config, "plan"], check=0).stdout
     assert "remote: 5 of 8 would go" in text
-    assert "nothing is deleted" in text
+    assert "nothing was changed" in text
     path = f"tinker://{RUN}/sampler_weights/000000"
     run(["--config", config, "pin", path, f"{RUN}/*/000001"], check=0)
     assert run(["--config", config, "pin"], check=0).stdout.splitlines() == [path, f"{RUN}/*/000001"]

@@ -13,11 +13,10 @@ from hypothesis import strategies as st
 
 from tests.conftest import NOW, hours, minutes
 from tests.test_pure import replica_of
-from tinker_sync.inventory import make_members
+from tinker_sync.inventory import Holdings, make_members
 from tinker_sync.model.checkpoint import Checkpoint
 from tinker_sync.model.moments import UNKNOWN_TIME
 from tinker_sync.model.paths import SEGMENT_OF_TYPE, TinkerPath
-from tinker_sync.planning import Known
 from tinker_sync.retention import KeepBest, Member, Policy, RetentionPlan, RetentionRules, plan_retention, step_of
 
 DAY = timedelta(days=1)
@@ -47,6 +46,7 @@ def member(
 def rules(*remote: Policy, local: tuple[Policy, ...] = (), **fields: Any) -> RetentionRules:
     """Policies with an hour of min_age, in UTC, and a breaker out of the way unless set."""
     chosen: dict[str, Any] = {"timezone": UTC, "min_age": hours(1), "max_deletes": 10**9, "max_delete_fraction": 1.0}
+    chosen["types_apart"] = True
     return RetentionRules(remote=remote, local=local, **(chosen | fields))
 
 
@@ -184,7 +184,8 @@ def test_year_one_and_pins_with_brackets() -> None:
     assert "ancient" not in gone([*DAILY[:3], ancient], chosen)
     row = Checkpoint(TinkerPath("run", "sampler_weights", "best[1]"), NOW, 1)
     for pin in (str(row.path), "run/*/best[[]1]"):
-        (made,) = make_members([row], Known(), pins=(pin,), base_models={"run": ""}, short_ttl=hours(3))
+        holdings = Holdings(pins=(pin,), base_models={"run": ""})
+        (made,) = make_members([row], holdings, now=NOW, short_ttl=hours(3))
         assert made.pinned
         assert made.base_model is None, "an empty base model is an unknown one"
 

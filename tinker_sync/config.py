@@ -38,7 +38,7 @@ _UNITS: Final = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w":
 _LONGEST: Final = timedelta(days=36500)
 
 
-def parse_duration(value: object) -> object:
+def parse_duration(value: object) -> timedelta:
     """`90s`, `15m`, `2h`, `7d`, `4w`, or several: `1h30m`. Raises ValueError."""
     if not isinstance(value, str):
         if isinstance(value, timedelta):
@@ -87,6 +87,16 @@ def _check_glob(value: str) -> str:
             f'{value!r} has not three parts: write "<run glob>/<segment glob>/<name glob>", as in "*/weights/final"'
         )
         raise ValueError(message)
+    if not all(value.removeprefix("tinker://").split("/")):
+        message = f"{value!r} has an empty part, which matches nothing: write * for anything"
+        raise ValueError(message)
+    return value
+
+
+def _check_name_glob(value: str) -> str:
+    if not value or "/" in value:
+        message = f'{value!r} matches no name: write a glob for the last part of a path, as in "best*"'
+        raise ValueError(message)
     return value
 
 
@@ -128,6 +138,9 @@ Glob = Annotated[str, AfterValidator(_check_glob)]
 Type = Annotated[str, AfterValidator(_check_type)]
 Url = Annotated[str, AfterValidator(_check_url)]
 Local = Annotated[Path, AfterValidator(_absolute)]
+NameGlob = Annotated[str, AfterValidator(_check_name_glob)]
+LEAST_TTL = timedelta(hours=1)
+MOST_TTL = timedelta(days=3650)
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -228,7 +241,7 @@ class Policy(Section):
     keep_monthly: Count | None = None
     keep_yearly: Count | None = None
     keep_every_steps: Count | None = None
-    keep_names: tuple[str, ...] = ()
+    keep_names: tuple[NameGlob, ...] = ()
     keep_best: KeepBest | None = None
 
     @model_validator(mode="after")
@@ -267,6 +280,21 @@ class RetentionSection(Section):
     price_per_gb_month: float | None = Field(default=None, ge=0)
     remote: tuple[RemotePolicy, ...] = ()
     local: tuple[LocalPolicy, ...] = ()
+
+    @model_validator(mode="after")
+    def _says_what_it_means(self) -> RetentionSection:
+        if self.action == "expire" and self.grace is not None and not LEAST_TTL <= self.grace <= MOST_TTL:
+            message = 'with action = "expire", grace is the TTL that is set: 1h to 3650d'
+            raise ValueError(message)
+        for side, policies in (("remote", self.remote), ("local", self.local)):
+            names = [policy.name for policy in policies]
+            twice = sorted({name for name in names if names.count(name) > 1})
+            if twice:
+                message = (
+                    f"[[retention.{side}]]: two policies are called {twice[0]!r}; reports name policies, rename one"
+                )
+                raise ValueError(message)
+        return self
 
 
 class StatusSection(Section):
@@ -362,6 +390,13 @@ class Settings(BaseSettings):
         return self.mirror.state or self.root / ".tinker-sync"
 
     @property
+    def grace(self) -> timedelta:
+        """How long a verdict must stand before a delete (none), or how long an expiring checkpoint is left (7 days)."""
+        if self.retention.grace is not None:
+            return self.retention.grace
+        return timedelta(days=7) if self.retention.action == "expire" else timedelta(0)
+
+    @property
     def api_key_file(self) -> Path | None:
         """The file's, or systemd's `LoadCredential=api-key:…`."""
         if self.tinker.api_key_file is not None:
@@ -375,8 +410,7 @@ class Settings(BaseSettings):
         """Keys that are set and that this version does not act on yet."""
         default = Settings.model_construct()
         pending = {
-            "retention": ("enforce",),
-            "mirror": ("max_bytes", "extend_ttl", "extend_ttl_max", "verify_every"),
+            "mirror": ("verify_every",),
             "poll": ("full_interval",),
             "transfer": ("bandwidth",),
             "hooks": ("committed", "deleted", "failed"),

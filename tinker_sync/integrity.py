@@ -12,6 +12,7 @@ import re
 from typing import TYPE_CHECKING, Any, Final
 
 from tinker_sync.model.evidence import Claim, Defect, Kind, SeenFile
+from tinker_sync.model.paths import MANIFEST_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from tinker_sync.model.evidence import SeenBody
     from tinker_sync.model.manifest import Manifest
     from tinker_sync.model.paths import PayloadPath
+    from tinker_sync.model.work import ReadBack, Replica
 
 MARKER: Final = "checkpoint_complete"
 ADAPTER_CONFIG: Final = "adapter_config.json"
@@ -222,6 +224,27 @@ def _tensor_bytes(tensor: dict[str, Any]) -> int | None:
     for dimension in shape:
         total = min(total * dimension, _NO_SIZE)
     return total
+
+
+def judge_read_back(replica: Replica, read: ReadBack) -> tuple[Defect, ...]:
+    """What was read from a replica's directory, against the replica that should be there."""
+    if read.manifest is not None and read.manifest.tinker_path != replica.path:
+        what = f"the manifest is of {read.manifest.tinker_path}"
+        return (*read.defects, Defect(Kind.CONTENT, what, MANIFEST_NAME))
+    return read.defects
+
+
+def judge_proof(replica: Replica, read: ReadBack) -> tuple[Defect, ...]:
+    """The same, as strictly as a delete upstream needs it: the manifest must be the one that was committed."""
+    defects = judge_read_back(replica, read)
+    if read.manifest is None:
+        return defects
+    if not read.manifest.identity.matches(replica.identity):
+        defects += (Defect(Kind.CONTENT, "the manifest is of another object under this path", MANIFEST_NAME),)
+    elif read.manifest_sha256 != replica.manifest_sha256:
+        what = "the manifest is not the one that was committed; `tinker-sync verify` and `reindex` tell more"
+        defects += (Defect(Kind.CONTENT, what, MANIFEST_NAME),)
+    return defects
 
 
 def judge_replica(manifest: Manifest, seen: Sequence[SeenFile]) -> list[Defect]:

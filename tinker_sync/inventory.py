@@ -1,39 +1,82 @@
-"""The inventory: what is listed joined with what is here. Pure."""
+"""The inventory: what is listed joined with what is here, what we did, and what is pinned. Pure."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from typing import TYPE_CHECKING, Final
 
-from tinker_sync.planning import is_short_lived
-from tinker_sync.retention import Member, step_of
+from tinker_sync.model.deeds import GONE, OPEN, Deed
+from tinker_sync.model.moments import rfc3339
+from tinker_sync.planning import Known, is_short_lived
+from tinker_sync.retention import Member, RetentionPlan, RetentionRules, plan_retention, step_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
-    from datetime import timedelta
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from datetime import datetime
 
     from tinker_sync.model.checkpoint import Checkpoint
     from tinker_sync.model.paths import TinkerPath
-    from tinker_sync.planning import Known
+
+UNCONFIRMED_FOR: Final = timedelta(hours=24)
+"""For so long a delete that the service confirmed is not repeated, though it still lists the checkpoint."""
+
+
+@dataclass(frozen=True, slots=True)
+class Holdings:
+    """All that this side knows when it decides."""
+
+    known: Known = field(default_factory=Known)
+    deeds: Mapping[TinkerPath, Deed] = field(default_factory=dict)
+    pins: tuple[str, ...] = ()
+    base_models: Mapping[str, str] = field(default_factory=dict)
+    other_bytes: int = 0
+    """What superseded versions weigh."""
+    types_apart: bool = False
+    """Whether the server was found to keep the types of a name apart."""
+
+    def rules(self, configured: RetentionRules) -> RetentionRules:
+        """The configured rules, with what was learnt about the server."""
+        return replace(configured, types_apart=True) if self.types_apart else configured
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The plan, with the inventory that it was made from."""
+
+    plan: RetentionPlan
+    members: Mapping[TinkerPath, Member]
+
+
+def decide(
+    rows: Iterable[Checkpoint],
+    holdings: Holdings,
+    rules: RetentionRules,
+    *,
+    now: datetime,
+    complete: bool,
+    short_ttl: timedelta,
+    allow: int | None = None,
+) -> Decision:
+    """What may go, from rows that the service showed. `plan` and enforcement share this."""
+    members = make_members(rows, holdings, now=now, short_ttl=short_ttl)
+    chosen = holdings.rules(rules)
+    plan = plan_retention(members, chosen, now=now, complete=complete, allow=allow, other_bytes=holdings.other_bytes)
+    return Decision(plan, {member.path: member for member in members})
 
 
 def make_members(
-    checkpoints: Iterable[Checkpoint],
-    known: Known,
-    *,
-    pins: Sequence[str],
-    base_models: Mapping[str, str],
-    short_ttl: timedelta,
+    checkpoints: Iterable[Checkpoint], holdings: Holdings, *, now: datetime, short_ttl: timedelta
 ) -> list[Member]:
-    """The inventory: what is listed joined with what is here."""
+    """One member for each path that is listed or here."""
+    known, deeds = holdings.known, holdings.deeds
     found: dict[TinkerPath, Member] = {}
-    exact = set(pins)  # a name can hold `[`: every pin is taken literally too
-    globs = tuple(pin for pin in pins if set(pin) & set("*?["))
-
-    def pinned(path: TinkerPath) -> bool:
-        return str(path) in exact or path.tail in exact or any(path.matches(glob) for glob in globs)
-
+    pinned = pin_matcher(holdings.pins)
     for row in checkpoints:
         replica = known.replicas.get(row.path)
+        deed = deeds.get(row.path)
+        if deed is not None and not deed.concerns(row):
+            deed = None
         found[row.path] = Member(
             row.path,
             row.time,
@@ -41,22 +84,71 @@ def make_members(
             replica if replica is not None and replica.identity.matches(row.identity) else None,
             short_lived=is_short_lived(row, known, short_ttl),
             pinned=pinned(row.path),
-            base_model=base_models.get(row.path.run_id) or None,
+            ttl_is_ours=deed is not None and deed.state == "under-ttl" and deed.action in ("expire", "set-ttl"),
+            withheld="" if deed is None else _withheld(deed, now),
+            base_model=holdings.base_models.get(row.path.run_id) or None,
             user_metadata=row.user_metadata,
             step=step_of(row.path.name),
         )
     for path, replica in known.replicas.items():
         if path not in found:
-            born = replica.expires_at - replica.time if replica.expires_at is not None else None
+            first = replica.first_expires_at
+            deed = deeds.get(path)
             found[path] = Member(
                 path,
                 replica.time,
                 None,
                 replica,
-                short_lived=born is not None and born < short_ttl,
+                short_lived=first is not None and first - replica.time < short_ttl,
                 pinned=pinned(path),
-                base_model=base_models.get(path.run_id) or None,
+                deleted_by_us=deed is not None
+                and _took(deed)
+                and deed.time.replace(microsecond=0) == replica.identity.time,
+                base_model=holdings.base_models.get(path.run_id) or None,
                 user_metadata=replica.user_metadata,
                 step=step_of(path.name),
             )
     return list(found.values())
+
+
+def pin_matcher(pins: Sequence[str]) -> Callable[[TinkerPath], bool]:
+    """Whether a path is pinned. A name can hold `[`: every pin is taken literally too."""
+    exact = set(pins)
+    globs = tuple(pin for pin in pins if set(pin) & set("*?["))
+
+    def pinned(path: TinkerPath) -> bool:
+        return str(path) in exact or path.tail in exact or any(path.matches(glob) for glob in globs)
+
+    return pinned
+
+
+def unexplained(
+    gone: Iterable[Checkpoint], holdings: Holdings, *, now: datetime, short_ttl: timedelta
+) -> tuple[Checkpoint, ...]:
+    """Of what is no longer listed, what neither the journal nor its expiry nor a short life explains."""
+    left = []
+    for row in gone:
+        deed = holdings.deeds.get(row.path)
+        if deed is not None and _took(deed) and deed.concerns(row):
+            continue
+        if row.expires_at is not None and row.expires_at <= now:
+            continue
+        if not is_short_lived(row, holdings.known, short_ttl):
+            left.append(row)
+    return tuple(left)
+
+
+def _took(deed: Deed) -> bool:
+    """Whether what is gone is gone by us."""
+    by_ttl = deed.state == "under-ttl" and deed.action in ("expire", "set-ttl")
+    return deed.state in GONE or deed.state in OPEN or by_ttl
+
+
+def _withheld(deed: Deed, now: datetime) -> str:
+    if deed.state == "withheld" and deed.retry_at is not None and deed.retry_at > now:
+        return f"{deed.detail or 'the service refused it'}; tried again at {rfc3339(deed.retry_at)}"
+    if deed.state == "deleted" and now - deed.at < UNCONFIRMED_FOR:
+        return f"the service said at {rfc3339(deed.at)} that it is deleted, and still lists it"
+    if deed.state in OPEN:
+        return "what became of the last attempt is not known yet"
+    return ""

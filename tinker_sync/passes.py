@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import random
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 import structlog
 
+from tinker_sync.enforcement import Enforced
 from tinker_sync.errors import (
     BeingMade,
     CredentialMissing,
@@ -37,7 +38,7 @@ from tinker_sync.errors import (
 )
 from tinker_sync.model.checkpoint import Listing
 from tinker_sync.model.moments import rfc3339
-from tinker_sync.model.work import Failure, Trouble
+from tinker_sync.model.work import Failure, Skip, Trouble
 from tinker_sync.planning import (
     NOT_SERVED_RETRY,
     Selection,
@@ -45,12 +46,14 @@ from tinker_sync.planning import (
     TransferPlan,
     plan_transfers,
     retry_delay,
+    to_rescue,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
     from concurrent.futures import Executor
 
+    from tinker_sync.enforcement import Enforcer
     from tinker_sync.model.checkpoint import Checkpoint, Sighting
     from tinker_sync.model.paths import TinkerPath
     from tinker_sync.model.work import Committed, Replica, Transfer
@@ -59,6 +62,11 @@ if TYPE_CHECKING:
     from tinker_sync.transfer import Transferrer
 
 T = TypeVar("T")
+_NO_ALLOWANCE: Final = (
+    "no room below [mirror] max_bytes, and what is here must stay: raise it, or let [[retention.local]] keep less"
+)
+LISTING_HOLDS: Final = 60.0
+"""Seconds; retention lists again when the last listing is older."""
 log = structlog.get_logger()
 
 ATTEMPTS: Final = 3
@@ -82,6 +90,10 @@ class EngineSettings:
     concurrency: int = 4
     connections: int = 16
     poll_interval: float = 60.0
+    enforce: bool = False
+    """Whether `sync` carries out what retention decides."""
+    rescue: bool = False
+    """Whether what would expire uncopied is given a longer TTL."""
 
 
 @dataclass(slots=True)
@@ -95,18 +107,19 @@ class PassResult:
     failed: dict[TinkerPath, tuple[str, str | None]] = field(default_factory=dict)
     """Path to (error, when it is tried again)."""
     skipped: dict[TinkerPath, str] = field(default_factory=dict)
-    deleted: list[TinkerPath] = field(default_factory=list)
-    breaker: Mapping[str, object] | None = None
+    enforced: Enforced = field(default_factory=Enforced)
     bytes: int = 0
     seconds: float = 0.0
     service_error: str | None = None
 
     @property
     def exit_code(self) -> int:
-        """0, 1 with failures, 3 when the service failed or nothing could be proven; the highest wins."""
+        """0; 1 with failures; 3 when the service failed or nothing could be proven; 5 stopped. The highest wins."""
+        if self.enforced.breaker is not None or self.enforced.stopped is not None:
+            return 5
         if self.service_error is not None or not self.complete:
             return 3
-        return 1 if self.failed else 0
+        return 1 if self.failed or self.enforced.failed else 0
 
     def as_json(self) -> dict[str, object]:
         """Stable keys."""
@@ -118,10 +131,22 @@ class PassResult:
             "failed": [
                 {"tinker_path": str(path), "error": error, "retry_at": retry_at}
                 for path, (error, retry_at) in sorted(self.failed.items())
+            ]
+            + [
+                {"tinker_path": str(path), "error": error, "retry_at": None}
+                for path, error in sorted(self.enforced.failed.items())
             ],
             "skipped": [{"tinker_path": str(path), "reason": why} for path, why in sorted(self.skipped.items())],
-            "deleted": [str(path) for path in self.deleted],
-            "breaker": self.breaker,
+            "deleted": [str(path) for path in self.enforced.deleted],
+            "expired": [str(path) for path in self.enforced.expired],
+            "restored": [str(path) for path in self.enforced.restored],
+            "extended": [str(path) for path in self.enforced.extended],
+            "trashed": [str(path) for path in self.enforced.trashed],
+            "withheld": [
+                {"tinker_path": str(path), "reason": why} for path, why in sorted(self.enforced.withheld.items())
+            ],
+            "breaker": None if self.enforced.breaker is None else self.enforced.breaker.as_json(),
+            "stopped": self.enforced.stopped,
             "bytes": self.bytes,
             "seconds": round(self.seconds, 3),
             "service_error": self.service_error,
@@ -145,6 +170,7 @@ class Mirror:
         *,
         account: Account,
         transferrer: Transferrer,
+        enforcer: Enforcer,
         destination: Destination,
         catalog: Catalog,
         queue: Queue,
@@ -156,6 +182,7 @@ class Mirror:
     ) -> None:
         self._account = account
         self._transferrer = transferrer
+        self._enforcer = enforcer
         self._destination = destination
         self._catalog = catalog
         self._queue = queue
@@ -178,7 +205,8 @@ class Mirror:
         self._asking = asyncio.Lock()
         self._asked: tuple[float, bool] | None = None
         self._rate: float | None = None
-        self.result = PassResult()
+        self._listed: tuple[float, Listing | Sighting] | None = None
+        self.result = PassResult(enforced=enforcer.result)
 
     async def sync(self) -> PassResult:
         """One pass: list, then transfer until the queue is empty, polling on while that lasts.
@@ -193,6 +221,8 @@ class Mirror:
                 polling = group.create_task(self._poll_on())
                 await self._work()
                 polling.cancel()
+            if self.result.service_error is None:
+                await self._retain(apply=self._settings.enforce)
         except ServiceTrouble as error:
             self.result.service_error = str(error)
             raise
@@ -228,7 +258,7 @@ class Mirror:
         self.result.listed, self.result.complete = len(wanted), True
         plan = plan_transfers(
             wanted,
-            type(known)(replicas=known.replicas),
+            type(known)(replicas=known.replicas, first_expiry=known.first_expiry),
             Selection(short_ttl=timedelta(0)),
             now=self._clock.now(),
         )
@@ -238,6 +268,31 @@ class Mirror:
         await self._work()
         self.result.seconds = self._clock.monotonic() - begun
         return self.result
+
+    async def prune(self, *, allow: int | None = None) -> PassResult:
+        """Enforce retention now, transferring nothing. Raises ServiceTrouble, TinkerSyncError."""
+        begun = self._clock.monotonic()
+        try:
+            self._note_listing(await self._survey())
+            await self._retain(apply=True, allow=allow)
+        except ServiceTrouble as error:
+            self.result.service_error = str(error)
+            raise
+        finally:
+            self.result.seconds = self._clock.monotonic() - begun
+        return self.result
+
+    async def _survey(self) -> Listing | Sighting:
+        self._listed = (self._clock.monotonic(), await self._enforcer.survey())
+        return self._listed[1]
+
+    async def _retain(self, *, apply: bool, allow: int | None = None) -> None:
+        """Retention by a listing that is fresh."""
+        at, found = self._listed or (0.0, None)
+        if found is None or self._clock.monotonic() - at > LISTING_HOLDS:
+            found = await self._survey()
+            self._note_listing(found)
+        await self._enforcer.enforce(found, apply=apply, allow=allow)
 
     # Polling
 
@@ -252,16 +307,18 @@ class Mirror:
             self._changed.set()
 
     async def _poll(self) -> None:
-        found = await self._account.list()
+        found = await self._survey()
         now = self._clock.now()
         complete = isinstance(found, Listing)
-        await self._index(lambda: self._catalog.observe(found.checkpoints, found.seen_at, complete=complete))
         known = await self._index(self._catalog.known)
         self._note_listing(found)
         planning = partial(
             plan_transfers, found.checkpoints, known, self._settings.selection, now=now, bytes_per_second=self._rate
         )
-        plan = await self._index(planning)
+        plan = await self._within_allowance(await self._index(planning), found)
+        if self._settings.rescue and complete:
+            rows = to_rescue(plan, found.checkpoints, now=now, bytes_per_second=self._rate)
+            await self._enforcer.rescue(rows)
         shown = {checkpoint.path: checkpoint for checkpoint in found.checkpoints}
         unseen = [] if complete else [waiting for waiting in self._queue.pending() if waiting.path not in shown]
         self._rows = shown if complete else self._rows | shown
@@ -274,6 +331,28 @@ class Mirror:
         self._full = False
         self._queue.offer([*plan.transfers, *unseen])  # absence from a sighting takes nothing out of the queue
         self._reporter.planned(len(self._queue.pending()), sum(t.size_bytes or 0 for t in self._queue.pending()))
+
+    async def _within_allowance(self, plan: TransferPlan, found: Listing | Sighting) -> TransferPlan:
+        """Without what local retention would let go at once, and what `max_bytes` has no room for."""
+        allowance = await self._enforcer.allowance(found, apply=self._settings.enforce)
+        skipped = [
+            Skip(transfer.path, f"local retention would let it go at once: {allowance.spare[transfer.path].detail}")
+            for transfer in plan.transfers
+            if transfer.path in allowance.spare
+        ]
+        wanted = [transfer for transfer in plan.transfers if transfer.path not in allowance.spare]
+        left = allowance.bytes
+        fitting: list[Transfer] = []
+        for transfer in wanted:
+            size = transfer.size_bytes or 0
+            if left is not None and (size > left or left == 0):
+                self._note_failed(transfer.path, _NO_ALLOWANCE, None)
+                continue
+            left = None if left is None else left - size
+            fitting.append(transfer)
+        if len(fitting) < len(wanted):
+            log.error("mirror.full", refused=len(wanted) - len(fitting), why=_NO_ALLOWANCE)
+        return replace(plan, transfers=tuple(fitting), skipped=(*plan.skipped, *skipped))
 
     def _note_listing(self, found: Listing | Sighting) -> None:
         if isinstance(found, Listing):
@@ -574,6 +653,9 @@ def _summary(result: PassResult, now: datetime) -> dict[str, object]:
         "transferred": len(result.transferred),
         "failed": len(result.failed),
         "skipped": len(result.skipped),
+        "deleted": len(result.enforced.deleted),
+        "due": result.enforced.due_remote,
+        "breaker": None if result.enforced.breaker is None else result.enforced.breaker.as_json(),
         "bytes": result.bytes,
         "seconds": round(result.seconds, 3),
         "service_error": result.service_error,

@@ -31,6 +31,8 @@ FIRST_RETRY: Final = timedelta(minutes=1)
 LONGEST_RETRY: Final = timedelta(hours=6)
 NOT_SERVED_RETRY: Final = timedelta(hours=24)
 
+RESCUE_MARGIN: Final = timedelta(minutes=30)
+RESCUE_FAILING: Final = timedelta(hours=4)
 PROBE_EVERY: Final = timedelta(hours=6)
 
 _NEVER_EXPIRES: Final = 4_000_000_000_000_000_000
@@ -135,7 +137,14 @@ def plan_transfers(
             continue
         urgency = priority(checkpoint, now=now, bytes_per_second=bytes_per_second)
         transfers.append(
-            Transfer(path, checkpoint.time, checkpoint.size_bytes, urgency, expires_at=checkpoint.expires_at)
+            Transfer(
+                path,
+                checkpoint.time,
+                checkpoint.size_bytes,
+                urgency,
+                expires_at=checkpoint.expires_at,
+                first_expires_at=first_expiry(checkpoint, known),
+            )
         )
     transfers.sort(key=lambda transfer: (transfer.priority, transfer.path))
     return TransferPlan(tuple(transfers), tuple(waiting), tuple(skipped), tuple(mirrored), short_lived)
@@ -143,11 +152,16 @@ def plan_transfers(
 
 def is_short_lived(checkpoint: Checkpoint, known: Known, short_ttl: timedelta) -> bool:
     """Whether its life at birth was under `short_ttl`: the first `expires_at` seen for it, minus its time."""
-    expires_at = checkpoint.expires_at
+    expires_at = first_expiry(checkpoint, known)
+    return expires_at is not None and expires_at - checkpoint.time < short_ttl
+
+
+def first_expiry(checkpoint: Checkpoint, known: Known) -> datetime | None:
+    """The first `expires_at` that was seen for this object."""
     first = known.first_expiry.get(checkpoint.path)
     if first is not None and first[0] == checkpoint.time:
-        expires_at = first[1]
-    return expires_at is not None and expires_at - checkpoint.time < short_ttl
+        return first[1]
+    return checkpoint.expires_at
 
 
 def _newest_of_groups(checkpoints: Iterable[Checkpoint]) -> dict[tuple[str, str], datetime]:
@@ -187,6 +201,33 @@ def priority(checkpoint: Checkpoint, *, now: datetime, bytes_per_second: float |
         if needed > (checkpoint.expires_at - now).total_seconds():
             return _TOO_LATE + deadline
     return deadline
+
+
+def to_rescue(
+    plan: TransferPlan, rows: Sequence[Checkpoint], *, now: datetime, bytes_per_second: float | None
+) -> list[Checkpoint]:
+    """What would expire before it can be copied, by the queue's order and the measured rate.
+
+    Also what failed and may not come again in time: it is tried at a quarter of its remaining life, so four hours are
+    three more attempts.
+    """
+    by_path = {row.path: row for row in rows}
+    found: list[Checkpoint] = []
+    ahead = 0
+    for transfer in plan.transfers:
+        ahead += transfer.size_bytes or 0
+        if transfer.expires_at is None or transfer.path in plan.short_lived:
+            continue
+        needed = timedelta(seconds=ahead / bytes_per_second) if bytes_per_second else timedelta(0)
+        if now + needed + RESCUE_MARGIN > transfer.expires_at:
+            found.append(by_path[transfer.path])
+    for failure in plan.waiting:
+        row = by_path.get(failure.path)
+        if row is None or row.path in plan.short_lived or row.expires_at is None:
+            continue
+        if row.expires_at - now < RESCUE_FAILING:
+            found.append(row)
+    return found
 
 
 def retry_delay(attempts: int, *, expires_at: datetime | None, now: datetime, jitter: float) -> timedelta:

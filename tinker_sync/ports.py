@@ -5,18 +5,19 @@ Flow (`passes`, `transfer`, `scrub`) is written against these; adapters implemen
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager
     from datetime import datetime
 
     from tinker_sync.model.checkpoint import Checkpoint, Identity, Listing, RunFacts, Sighting
+    from tinker_sync.model.deeds import Deed
     from tinker_sync.model.evidence import Claim, Defect, SeenFile
     from tinker_sync.model.manifest import Manifest
     from tinker_sync.model.paths import PayloadPath, SignedUrl, TinkerPath
-    from tinker_sync.model.work import Committed, Damage, Failure, Replica, Transfer
+    from tinker_sync.model.work import Committed, Damage, Failure, ReadBack, Replica, Transfer, Trashed
     from tinker_sync.planning import Known, ServedRecord
 
 T = TypeVar("T")
@@ -56,8 +57,24 @@ class Account(Protocol):
         """Whether the service as a whole does what it should: one small question, answered."""
         ...
 
+    async def serves(self, checkpoint: Checkpoint) -> bool | None:
+        """Whether its bytes can be had right now; None when the answer says nothing about that."""
+        ...
+
     async def facts(self, path: TinkerPath) -> RunFacts:
         """What a restore needs and upstream forgets. What cannot be had is None, never an error."""
+        ...
+
+
+class Remover(Protocol):
+    """The capability to change what is upstream. `enforcement` alone holds it."""
+
+    async def delete(self, path: TinkerPath) -> None:
+        """Delete for good. Raises NotFound when it is gone already, RequestRefused, ServiceTrouble."""
+        ...
+
+    async def set_ttl(self, path: TinkerPath, seconds: int | None) -> None:
+        """Let it expire that many seconds from now, or never. Raises RequestRefused, ServiceTrouble."""
         ...
 
 
@@ -250,8 +267,24 @@ class Destination(Protocol):
         """A replica's manifest, unproven. Raises OSError, ManifestInvalid."""
         ...
 
-    def read(self, directory: str, advanced: Callable[[int], None] = ...) -> tuple[Manifest, list[Defect]]:
-        """Read a replica back: its manifest, and every defect. Raises FileNotFoundError, ManifestInvalid."""
+    def read(self, directory: str, advanced: Callable[[int], None] = ...) -> ReadBack:
+        """Read a replica back: its manifest, and every defect."""
+        ...
+
+    def retire(self, directory: str) -> str:
+        """Move a replica to the trash; returns the entry's name. Raises NoSpace, DiskTrouble."""
+        ...
+
+    def trashed(self) -> Sequence[Trashed]:
+        """What is in the trash, oldest first."""
+        ...
+
+    def empty(self, entry: str) -> None:
+        """Delete a trashed replica for good. Raises DiskTrouble."""
+        ...
+
+    def base_models(self) -> Mapping[str, str]:
+        """Of every run that is here, its base model."""
         ...
 
     def list(self) -> Iterator[Replica | Damage]:
@@ -270,8 +303,46 @@ class Catalog(Protocol):
         """All that planning needs, read once."""
         ...
 
-    def observe(self, checkpoints: Sequence[Checkpoint], seen_at: datetime, *, complete: bool) -> None:
-        """Record what was shown; with `complete`, also what is gone. Writes only differences."""
+    def observe(
+        self, checkpoints: Sequence[Checkpoint], seen_at: datetime, *, complete: bool
+    ) -> tuple[Checkpoint, ...]:
+        """Record what was shown; with `complete`, also what is gone, which it returns. Writes only differences."""
+        ...
+
+    def counts(self) -> Mapping[str, int]:
+        """`upstream`, the number of rows shown last, and other small numbers."""
+        ...
+
+    def listed(self) -> Sequence[Checkpoint]:
+        """What the service showed last."""
+        ...
+
+    def deeds(self) -> Mapping[TinkerPath, Deed]:
+        """What was last done to each checkpoint upstream."""
+        ...
+
+    def unsettled_deeds(self) -> Sequence[Deed]:
+        """Those of which a listing can still tell something new."""
+        ...
+
+    def apply(self, events: Iterable[tuple[tuple[int, int], Mapping[str, Any]]]) -> None:
+        """Take up events that the journal holds, each with the position behind it."""
+        ...
+
+    def types_apart(self) -> bool | None:
+        """Whether the server was found to keep types apart; None when nobody knows."""
+        ...
+
+    def stand(self, going: Mapping[TinkerPath, datetime], now: datetime) -> Mapping[TinkerPath, datetime]:
+        """These may go upstream (path and the object's time), and nothing else; returns since when each may."""
+        ...
+
+    def other_bytes(self) -> int:
+        """What superseded versions weigh."""
+        ...
+
+    def remove_replica(self, directory: str) -> None:
+        """A replica is no longer there."""
         ...
 
     def add_replica(self, replica: Replica) -> None:
@@ -300,6 +371,30 @@ class Catalog(Protocol):
 
     def save_pass(self, summary: Mapping[str, object]) -> None:
         """Keep the summary of the last pass, for `status`."""
+        ...
+
+
+class Journal(Protocol):
+    """What was meant and what became of it. Only the coordinator writes it."""
+
+    def append(self, event: Mapping[str, Any]) -> tuple[int, int]:
+        """Add one event, durably; returns the position behind it. Raises DiskTrouble."""
+        ...
+
+
+class Safeguards(Protocol):
+    """Pins and the stop flag, read again before every delete."""
+
+    def pins(self) -> tuple[str, ...]:
+        """What is never let go. Raises FixFirst when that cannot be told."""
+        ...
+
+    def stopped(self) -> str | None:
+        """Why enforcement is stopped, or None."""
+        ...
+
+    def stop(self, reason: str, now: datetime) -> None:
+        """Stop enforcement until a person lifts that. Raises OSError."""
         ...
 
 

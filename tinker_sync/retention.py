@@ -6,6 +6,8 @@
 - A checkpoint that was born short-lived, is under a TTL that we set, or is dated in the future takes part in no rule:
   it is no anchor, no count, and fills no slot.
 - **Never both**: what one side would let go, the other keeps.
+- **Twins**: where a server is not known to keep types apart, a name that exists in several types goes as a whole or not.
+- **max_bytes** is the last rule: it takes what no guard keeps, oldest first, where a living original stays.
 
 Order is by time, ties by step, never by string.
 """
@@ -14,24 +16,28 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Final, Literal
 
-from tinker_sync.model.moments import UNKNOWN_TIME
+from tinker_sync.model.moments import UNKNOWN_TIME, rfc3339
+from tinker_sync.model.work import Replica
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
-    from datetime import datetime, timedelta, tzinfo
+    from datetime import datetime, tzinfo
 
     from tinker_sync.model.checkpoint import Checkpoint
     from tinker_sync.model.paths import TinkerPath
-    from tinker_sync.model.work import Replica
-
-    Kept = dict[TinkerPath, tuple["Policy | None", list["Reason"]]]
 
 Side = Literal["remote", "local"]
 Action = Literal["keep", "delete", "expire"]
+GUARDS: Final = frozenset(
+    {"newest", "not-replicated", "fidelity", "public", "pinned", "future", "young", "unknown", "other-side", "unproven"}
+    | {"expiring", "expires", "withheld", "twin", "expiring-original", "orphan", "last-copy"}
+)
+"""Reasons that no configuration switches off; the others are rules, and `no-policy`."""
 BREAKER_FRACTION_FROM: Final = 10
 """Deletes from which on the fraction counts: three of four in a small account are no mass deletion."""
 _STEP_WORDS: Final = tuple(
@@ -84,8 +90,14 @@ class RetentionRules:
     remote: tuple[Policy, ...] = ()
     local: tuple[Policy, ...] = ()
     action: Literal["delete", "expire"] = "delete"
+    grace: timedelta = timedelta(0)
+    """How long a verdict must stand before a delete; for `expire`, the TTL that is set."""
     max_deletes: int = 50
     max_delete_fraction: float = 0.25
+    max_bytes: int = 0
+    """What the replicas may weigh in all; 0 is no limit."""
+    types_apart: bool = False
+    """Whether the server is known to leave `weights/x` alone when `sampler_weights/x` is deleted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +114,8 @@ class Member:
     ttl_is_ours: bool = False
     deleted_by_us: bool = False
     """The original is gone because a policy let it go: then the replica is all there is."""
+    withheld: str = ""
+    """Why a deed that was tried is not tried again yet: refused by the service, or not confirmed."""
     base_model: str | None = None
     """None when it is not known."""
     user_metadata: Mapping[str, str] | None = None
@@ -122,6 +136,13 @@ class Reason:
 
     why: str
     detail: str = ""
+
+
+_UNPROVEN: Final = Reason("unproven", "the listing is not proven complete")
+_NO_POLICY: Final = Reason("no-policy", "no policy selects it")
+_NEWEST: Final = Reason("newest", "newest of its run and type")
+_NEWEST_LASTING: Final = Reason("newest", "newest of its run and type that lasts")
+_NOT_REPLICATED: Final = Reason("not-replicated", "there is no replica of it")
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +182,10 @@ class RetentionPlan:
 
     verdicts: tuple[Verdict, ...]
     breaker: Breaker | None
+    over_bytes: int = 0
+    """By how much the replicas will still exceed `max_bytes`, since what is left must stay."""
+    least_bytes: int = 0
+    """With `max_bytes`: what the replicas weigh that no rule of that kind can let go."""
 
     @property
     def permitted(self) -> tuple[Verdict, ...]:
@@ -181,25 +206,86 @@ def step_of(name: str) -> int | None:
     return None
 
 
+@dataclass(slots=True)
+class _Case:
+    """One member on one side: what governs it, and what keeps it so far."""
+
+    member: Member
+    policy: Policy | None
+    kept: list[Reason]
+
+
 def plan_retention(
-    members: Iterable[Member], rules: RetentionRules, *, now: datetime, complete: bool, allow: int | None = None
+    members: Iterable[Member],
+    rules: RetentionRules,
+    *,
+    now: datetime,
+    complete: bool,
+    allow: int | None = None,
+    other_bytes: int = 0,
 ) -> RetentionPlan:
     """Decide for every member and side where it exists.
 
     `complete` says whether the remote side is a proven listing; if not, everything is kept. `allow` lifts the
-    breaker's limits for at most so many deletes.
+    breaker's limits for at most so many deletes. `other_bytes` is what weighs here besides the members: superseded
+    versions.
     """
     groups: dict[tuple[str, str], list[Member]] = {}
     listed = 0
     for member in members:
-        groups.setdefault((member.path.run_id, member.path.checkpoint_type), []).append(member)
+        groups.setdefault((member.path.run_id, member.path.segment), []).append(member)
         listed += member.remote is not None
-    verdicts: list[Verdict] = []
+    remote: list[_Case] = []
+    local: list[_Case] = []
     for _, group in sorted(groups.items()):
         group.sort(key=_order)
-        verdicts += _decide_group(group, rules, now, complete=complete)
-    deletes = sum(1 for verdict in verdicts if verdict.side == "remote" and verdict.action != "keep")
-    return RetentionPlan(tuple(verdicts), _breaker(deletes, listed, rules, allow))
+        theirs, ours = _decide_group(group, rules, now, complete=complete)
+        remote += theirs
+        local += ours
+    if not rules.types_apart:
+        _keep_with_twins(remote)
+    released, over, least = _make_room(remote, local, rules, other_bytes) if rules.max_bytes else ({}, 0, 0)
+    verdicts = [
+        *(_verdict(case, "remote", action=rules.action) for case in remote),
+        *(released.get(case.member.path) or _verdict(case, "local", action="delete") for case in local),
+    ]
+    verdicts.sort(key=lambda verdict: (verdict.path.run_id, verdict.path.segment))
+    deletes = sum(1 for case in remote if not case.kept)
+    return RetentionPlan(tuple(verdicts), _breaker(deletes, listed, rules, allow), over, least)
+
+
+def not_worth_copying(
+    members: Sequence[Member], rules: RetentionRules, *, now: datetime, other_bytes: int = 0
+) -> dict[TinkerPath, Reason]:
+    """What is listed, not here, and would be let go here at once if it were, with why."""
+    if not rules.local and not rules.max_bytes:
+        return {}
+    missing = {member.path for member in members if member.replica is None}
+    imagined = [replace(member, replica=_imagine(member)) if member.path in missing else member for member in members]
+    plan = plan_retention(imagined, rules, now=now, complete=True, other_bytes=other_bytes)
+    return {
+        verdict.path: verdict.reasons[0]
+        for verdict in plan.verdicts
+        if verdict.side == "local" and verdict.action == "delete" and verdict.path in missing
+    }
+
+
+def _imagine(member: Member) -> Replica:
+    """A perfect replica of what is only listed."""
+    size = member.size_bytes
+    return Replica(
+        path=member.path,
+        time=member.time,
+        size_bytes=size,
+        directory="",
+        total_bytes=size,
+        files=0,
+        fidelity="exact",
+        source="archive",
+        committed_at=member.time,
+        verified_at=member.time,
+        manifest_sha256="",
+    )
 
 
 def _breaker(deletes: int, listed: int, rules: RetentionRules, allow: int | None) -> Breaker | None:
@@ -211,63 +297,125 @@ def _breaker(deletes: int, listed: int, rules: RetentionRules, allow: int | None
     return Breaker(deletes, listed, rules.max_deletes, rules.max_delete_fraction) if tripped else None
 
 
-def _order(member: Member) -> tuple[datetime, int, TinkerPath]:
-    return member.time, -1 if member.step is None else member.step, member.path
+def _order(member: Member) -> tuple[datetime, int, str]:
+    return member.time, -1 if member.step is None else member.step, member.path.name
 
 
-def _decide_group(group: Sequence[Member], rules: RetentionRules, now: datetime, *, complete: bool) -> list[Verdict]:
-    remote = [member for member in group if member.remote is not None]
-    local = [member for member in group if member.replica is not None]
-    remote_kept = _kept_by_policy(remote, rules.remote, rules.timezone, now)
-    local_kept = _kept_by_policy(local, rules.local, rules.timezone, now)
-    for member in remote:
-        remote_kept[member.path][1].extend(_remote_guards(member, rules, now, remote_kept[member.path][0]))
-    for member in local:
-        local_kept[member.path][1].extend(_local_guards(member, rules, now, local_kept[member.path][0]))
-    for found, members in ((remote_kept, remote), (local_kept, local)):
-        _guard_newest(found, members, now)
+def _decide_group(
+    group: Sequence[Member], rules: RetentionRules, now: datetime, *, complete: bool
+) -> tuple[list[_Case], list[_Case]]:
+    remote = _by_policy([member for member in group if member.remote is not None], rules.remote, rules.timezone, now)
+    local = _by_policy([member for member in group if member.replica is not None], rules.local, rules.timezone, now)
+    for case in remote:
+        case.kept.extend(_remote_guards(case.member, rules, now, case.policy))
+    for case in local:
+        case.kept.extend(_local_guards(case.member, rules, now, case.policy))
+    for cases in (remote, local):
+        _guard_newest(cases, now)
         if not complete:
-            for _, reasons in found.values():
-                reasons.append(Reason("unproven", "the listing is not proven complete"))
-    both = {path for path, (_, reasons) in remote_kept.items() if not reasons} & {
-        path for path, (_, reasons) in local_kept.items() if not reasons
-    }
-    for path in both:
-        remote_kept[path][1].append(Reason("other-side", "the local side would let it go too"))
-        local_kept[path][1].append(Reason("other-side", "the remote side would let it go too"))
-    return [
-        *(_verdict(member.path, "remote", *remote_kept[member.path], action=rules.action) for member in remote),
-        *(_verdict(member.path, "local", *local_kept[member.path], action="delete") for member in local),
+            for case in cases:
+                case.kept.append(_UNPROVEN)
+    going = {id(case.member): case for case in remote if not case.kept}
+    for case in local:
+        other = None if case.kept else going.get(id(case.member))
+        if other is not None:
+            other.kept.append(Reason("other-side", "the local side would let it go too"))
+            case.kept.append(Reason("other-side", "the remote side would let it go too"))
+    return remote, local
+
+
+def _keep_with_twins(remote: Sequence[_Case]) -> None:
+    """A name that exists in several types goes as a whole or not: one delete may take them all."""
+    named: dict[tuple[str, str], list[_Case]] = {}
+    for case in remote:
+        named.setdefault((case.member.path.run_id, case.member.path.name), []).append(case)
+    for twins in named.values():
+        staying = next((case for case in twins if case.kept), None)
+        if staying is None or len(twins) == 1:
+            continue
+        detail = f"this server may delete {staying.member.path.checkpoint_id} with it, and that stays"
+        for case in twins:
+            if not case.kept:
+                case.kept.append(Reason("twin", detail))
+
+
+def _make_room(
+    remote: Sequence[_Case], local: Sequence[_Case], rules: RetentionRules, other_bytes: int
+) -> tuple[dict[TinkerPath, Verdict], int, int]:
+    """Let go what no guard keeps, oldest first, until `max_bytes` is met.
+
+    Besides: by how much it is not, and what would be left if all of that went.
+    """
+    staying = {case.member.path for case in remote if case.kept}
+    weight = other_bytes + sum(_weight(case.member) for case in local if case.kept)
+    released: dict[TinkerPath, Verdict] = {}
+    may_go = [
+        case
+        for case in local
+        if case.kept and case.member.path in staying and not any(reason.why in GUARDS for reason in case.kept)
     ]
+    least = weight - sum(_weight(case.member) for case in may_go)
+    for case in sorted(may_go, key=lambda case: _order(case.member)):
+        if weight <= rules.max_bytes:
+            break
+        weight -= _weight(case.member)
+        policy = None if case.policy is None else case.policy.name
+        why = Reason("max_bytes", "the replicas weigh more than max_bytes, and this is the oldest that may go")
+        released[case.member.path] = Verdict(case.member.path, "local", "delete", policy, (why,))
+    return released, max(0, weight - rules.max_bytes), least
 
 
-def _verdict(path: TinkerPath, side: Side, policy: Policy | None, kept: list[Reason], *, action: Action) -> Verdict:
+def _weight(member: Member) -> int:
+    return 0 if member.replica is None else member.replica.total_bytes
+
+
+def _verdict(case: _Case, side: Side, *, action: Action) -> Verdict:
+    path, policy = case.member.path, case.policy
     name = None if policy is None else policy.name
-    if kept:
-        return Verdict(path, side, "keep", name, tuple(kept))
+    if case.kept:
+        return Verdict(path, side, "keep", name, tuple(case.kept))
     told = [Reason("no-rule", f"no rule of policy {name!r} keeps it")]
-    if policy is not None and policy.keep_every_steps is not None and step_of(path.name) is None:
+    if case.member.short_lived:
+        told.append(Reason("short-lived", "born short-lived: it takes part in no rule"))
+    elif policy is not None and policy.keep_every_steps is not None and case.member.step is None:
         told.append(Reason("keep_every_steps", "its name has no step: neither kept nor dropped by this rule"))
     return Verdict(path, side, action, name, tuple(told))
 
 
-def _kept_by_policy(members: Sequence[Member], policies: Sequence[Policy], zone: tzinfo, now: datetime) -> Kept:
-    """For each member the policy that governs it, and why it or a rule keeps it; an empty list lets it go."""
-    found: Kept = {}
-    governed: dict[int, list[Member]] = {}
+def _by_policy(members: Sequence[Member], policies: Sequence[Policy], zone: tzinfo, now: datetime) -> list[_Case]:
+    """For each member the policy that governs it, and why it or a rule keeps it; an empty list lets it go.
+
+    One under our own TTL takes part in no rule; whether a rule would keep it by now is asked all the same, since that
+    changed verdict is what gives it its former expiry back.
+    """
+    cases: list[_Case] = []
+    governed: dict[int, list[_Case]] = {}
+    under_ttl: set[int] = set()
     for member in members:
         policy, reason = _governing(member, policies)
-        found[member.path] = (policy, [reason] if reason is not None else [])
-        if policy is not None and reason is None and _takes_part(member, now):
-            governed.setdefault(policies.index(policy), []).append(member)
-    for index, participants in governed.items():
-        for path, reason in _apply(policies[index], participants, zone):
-            found[path][1].append(reason)
-    return found
+        case = _Case(member, policy, [] if reason is None else [reason])
+        cases.append(case)
+        if policy is not None and reason is None and _takes_part(member, now, ttl_is_ours=False):
+            index = next(place for place, known in enumerate(policies) if known is policy)
+            governed.setdefault(index, []).append(case)
+            if member.ttl_is_ours:
+                under_ttl.add(index)
+    for index, asked in governed.items():
+        participants = [case for case in asked if not case.member.ttl_is_ours] if index in under_ttl else asked
+        if participants:
+            for case, reason in _apply(policies[index], participants, zone):
+                case.kept.append(reason)
+        if index in under_ttl:
+            for case, reason in _apply(policies[index], asked, zone):
+                if case.member.ttl_is_ours:
+                    case.kept.append(reason)
+    return cases
 
 
-def _takes_part(member: Member, now: datetime) -> bool:
-    return not member.short_lived and not member.ttl_is_ours and _is_dated(member) and member.time <= now
+def _takes_part(member: Member, now: datetime, *, ttl_is_ours: bool) -> bool:
+    if member.short_lived or ttl_is_ours:
+        return False
+    return _is_dated(member) and member.time <= now
 
 
 def _is_dated(member: Member) -> bool:
@@ -282,7 +430,7 @@ def _governing(member: Member, policies: Sequence[Policy]) -> tuple[Policy | Non
             return policy, Reason("unknown", f"whether policy {policy.name!r} matches cannot be told")
         if match:
             return policy, None
-    return None, Reason("no-policy", "no policy selects it")
+    return None, _NO_POLICY
 
 
 def _match(member: Member, policy: Policy) -> bool | None:
@@ -305,72 +453,76 @@ def _match(member: Member, policy: Policy) -> bool | None:
     return None if unknown else True
 
 
-# Rules: each gives (path, reason) for what it keeps. Members come oldest first.
+# Rules: each gives (case, reason) for what it keeps. Cases come oldest first, and there is at least one.
 
 
-def _apply(policy: Policy, members: Sequence[Member], zone: tzinfo) -> Iterable[tuple[TinkerPath, Reason]]:
+def _apply(policy: Policy, cases: Sequence[_Case], zone: tzinfo) -> Iterable[tuple[_Case, Reason]]:
     if policy.keep_last is not None:
-        for place, member in enumerate(reversed(members[-policy.keep_last :]), start=1):
-            yield member.path, Reason("keep_last", f"number {place} of the newest {policy.keep_last}")
+        for place, case in enumerate(reversed(cases[-policy.keep_last :]), start=1):
+            yield case, Reason("keep_last", f"number {place} of the newest {policy.keep_last}")
     if policy.keep_within is not None:
-        for member in members:
-            if members[-1].time - member.time <= policy.keep_within:
-                yield member.path, Reason("keep_within", f"within {policy.keep_within} of the newest")
-    for slot, count in policy.keep_slots.items():
-        yield from _keep_slots(slot, count, members, zone)
-    if policy.keep_every_steps is not None:
-        yield from _keep_every_steps(policy.keep_every_steps, members)
-    for member in members:
-        for glob in policy.keep_names:
-            if fnmatchcase(member.path.name, glob):
-                yield member.path, Reason("keep_names", f"its name matches {glob!r}")
+        newest = cases[-1].member.time
+        within = Reason("keep_within", f"within {duration(policy.keep_within)} of the newest")
+        for case in reversed(cases):
+            if newest - case.member.time > policy.keep_within:
                 break
+            yield case, within
+    for slot, count in policy.keep_slots.items():
+        yield from _keep_slots(slot, count, cases, zone)
+    if policy.keep_every_steps is not None:
+        yield from _keep_every_steps(policy.keep_every_steps, cases)
+    if policy.keep_names:
+        for case in cases:
+            for glob in policy.keep_names:
+                if fnmatchcase(case.member.path.name, glob):
+                    yield case, Reason("keep_names", f"its name matches {glob!r}")
+                    break
     if policy.keep_best is not None:
-        yield from _keep_best(policy.keep_best, members)
+        yield from _keep_best(policy.keep_best, cases)
 
 
-def _keep_slots(slot: str, count: int, members: Sequence[Member], zone: tzinfo) -> Iterable[tuple[TinkerPath, Reason]]:
+def _keep_slots(slot: str, count: int, cases: Sequence[_Case], zone: tzinfo) -> Iterable[tuple[_Case, Reason]]:
     """The newest of each of the last slots that hold any; when slots are missing, the oldest besides."""
     key_of = _SLOTS[slot]
     filled: set[tuple[object, ...]] = set()
-    for member in reversed(members):
-        key = key_of(member.time.astimezone(zone))
+    for case in reversed(cases):
+        key = key_of(case.member.time.astimezone(zone))
         if key in filled:
             continue
         if len(filled) == count:
             return
         filled.add(key)
-        yield member.path, Reason(f"keep_{slot}", f"newest of slot {len(filled)} of {count}")
+        yield case, Reason(f"keep_{slot}", f"newest of slot {len(filled)} of {count}")
     if len(filled) < count:
-        yield members[0].path, Reason(f"keep_{slot}", f"oldest; {len(filled)} of {count} slots are filled")
+        yield cases[0], Reason(f"keep_{slot}", f"oldest; {len(filled)} of {count} slots are filled")
 
 
-def _keep_every_steps(every: int, members: Sequence[Member]) -> Iterable[tuple[TinkerPath, Reason]]:
-    highest: dict[int, Member] = {}
-    for member in members:
-        if member.step is None:
+def _keep_every_steps(every: int, cases: Sequence[_Case]) -> Iterable[tuple[_Case, Reason]]:
+    highest: dict[int, tuple[int, _Case]] = {}
+    for case in cases:
+        step = case.member.step
+        if step is None:
             continue
-        bucket = member.step // every
-        best = highest.get(bucket)
-        if best is None or best.step is None or member.step >= best.step:
-            highest[bucket] = member
-    for bucket, member in highest.items():
+        best = highest.get(step // every)
+        if best is None or step >= best[0]:
+            highest[step // every] = (step, case)
+    for bucket, (_, case) in highest.items():
         detail = f"highest step from {bucket * every} to {(bucket + 1) * every - 1}"
-        yield member.path, Reason("keep_every_steps", detail)
+        yield case, Reason("keep_every_steps", detail)
 
 
-def _keep_best(rule: KeepBest, members: Sequence[Member]) -> Iterable[tuple[TinkerPath, Reason]]:
+def _keep_best(rule: KeepBest, cases: Sequence[_Case]) -> Iterable[tuple[_Case, Reason]]:
     """The best by the metric; a missing or non-numeric value means keep."""
-    valued: list[tuple[float, int, Member]] = []
-    for position, member in enumerate(members):
-        value = _number((member.user_metadata or {}).get(rule.metric))
+    valued: list[tuple[float, int, _Case]] = []
+    for position, case in enumerate(cases):
+        value = _number((case.member.user_metadata or {}).get(rule.metric))
         if value is None:
-            yield member.path, Reason("keep_best", f"it has no number {rule.metric!r}")
+            yield case, Reason("keep_best", f"it has no number {rule.metric!r}")
         else:
-            valued.append((-value if rule.mode == "max" else value, -position, member))
+            valued.append((-value if rule.mode == "max" else value, -position, case))
     valued.sort(key=lambda item: item[:2])
-    for place, (_, _, member) in enumerate(valued[: rule.count], start=1):
-        yield member.path, Reason("keep_best", f"number {place} of the best {rule.count} by {rule.metric}")
+    for place, (_, _, case) in enumerate(valued[: rule.count], start=1):
+        yield case, Reason("keep_best", f"number {place} of the best {rule.count} by {rule.metric}")
 
 
 def _number(text: str | None) -> float | None:
@@ -384,14 +536,16 @@ def _number(text: str | None) -> float | None:
 # Guards
 
 
-def _guard_newest(found: Kept, members: Sequence[Member], now: datetime) -> None:
+def _guard_newest(cases: Sequence[_Case], now: datetime) -> None:
     """The newest of the group, and the newest without short-lived, TTL'd and future ones."""
-    if not members:
+    if not cases:
         return
-    found[members[-1].path][1].append(Reason("newest", "newest of its run and type"))
-    lasting = next((member for member in reversed(members) if _takes_part(member, now)), None)
-    if lasting is not None and lasting is not members[-1]:
-        found[lasting.path][1].append(Reason("newest", "newest of its run and type that lasts"))
+    cases[-1].kept.append(_NEWEST)
+    for case in reversed(cases):
+        if _takes_part(case.member, now, ttl_is_ours=case.member.ttl_is_ours):
+            if case is not cases[-1]:
+                case.kept.append(_NEWEST_LASTING)
+            return
 
 
 def _common_guards(member: Member, rules: RetentionRules, now: datetime) -> Iterable[Reason]:
@@ -402,22 +556,29 @@ def _common_guards(member: Member, rules: RetentionRules, now: datetime) -> Iter
     if member.time > now:
         yield Reason("future", "created in the future")
     elif now - member.time < rules.min_age:
-        yield Reason("young", f"younger than min_age ({rules.min_age})")
+        yield Reason("young", f"younger than min_age ({duration(rules.min_age)})")
 
 
 def _remote_guards(member: Member, rules: RetentionRules, now: datetime, policy: Policy | None) -> Iterable[Reason]:
     yield from _common_guards(member, rules, now)
     replica, remote = member.replica, member.remote
     if replica is None:
-        yield Reason("not-replicated", "there is no replica of it")
+        yield _NOT_REPLICATED
     elif replica.damaged:
         yield Reason("not-replicated", "its replica is damaged")
     elif replica.fidelity != "exact" and not (policy is not None and policy.delete_adapter_only):
         yield Reason("fidelity", f"its replica is only {replica.fidelity}")
-    if remote is not None and remote.public:
+    if member.withheld:
+        yield Reason("withheld", member.withheld)
+    if remote is None:
+        return
+    if remote.public:
         yield Reason("public", "it is public: others may use it")
     if member.ttl_is_ours:
-        yield Reason("expiring", "it runs out already, by our TTL")
+        ends = "" if remote.expires_at is None else f", at {rfc3339(remote.expires_at)}"
+        yield Reason("expiring", f"it runs out already, by our TTL{ends}")
+    elif rules.action == "expire" and remote.expires_at is not None and remote.expires_at <= now + rules.grace:
+        yield Reason("expires", "it expires by itself before a TTL of ours would end")
 
 
 def _local_guards(member: Member, rules: RetentionRules, now: datetime, policy: Policy | None) -> Iterable[Reason]:
@@ -429,3 +590,13 @@ def _local_guards(member: Member, rules: RetentionRules, now: datetime, policy: 
             yield Reason("orphan", "its original is gone upstream")
     elif member.remote.expires_at is not None:
         yield Reason("expiring-original", "its original expires: that is no second copy")
+
+
+def duration(value: timedelta) -> str:
+    """`90 s`, `2 h`, `7 days`: in the largest unit that fits it."""
+    seconds = int(value.total_seconds())
+    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds and seconds % size == 0:
+            number = seconds // size
+            return "1 day" if unit == "days" and number == 1 else f"{number} {unit}"
+    return f"{seconds} s"

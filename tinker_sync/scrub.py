@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from tinker_sync.model.evidence import Defect, Kind
-from tinker_sync.model.manifest import ManifestInvalid
-from tinker_sync.model.paths import MANIFEST_NAME
+from tinker_sync.integrity import judge_read_back
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from concurrent.futures import Executor
 
+    from tinker_sync.model.evidence import Defect
     from tinker_sync.model.work import Replica
     from tinker_sync.ports import Catalog, Clock, Destination
 
@@ -109,13 +108,4 @@ class Scrubber:
             )
 
     def _look(self, replica: Replica, advanced: Callable[[int], None]) -> tuple[Defect, ...]:
-        try:
-            manifest, defects = self._destination.read(replica.directory, advanced)
-        except FileNotFoundError:
-            return (Defect(Kind.CONTENT, "the directory or its manifest is missing", MANIFEST_NAME),)
-        except (OSError, ManifestInvalid) as error:
-            return (Defect(Kind.CONTENT, str(error), MANIFEST_NAME),)
-        if manifest.tinker_path != replica.path:
-            what = f"the manifest is of {manifest.tinker_path}"
-            return (*defects, Defect(Kind.CONTENT, what, MANIFEST_NAME))
-        return tuple(defects)
+        return judge_read_back(replica, self._destination.read(replica.directory, advanced))

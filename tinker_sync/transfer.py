@@ -73,7 +73,7 @@ class Transferrer:
             acquired = await self._acquire(transfer, checkpoint.listed_id, intake)
             if acquired.defects:
                 raise Defective(acquired.defects)
-            committed = await self._finish(checkpoint, acquired, intake, await facts, repairs)
+            committed = await self._finish(transfer, checkpoint, acquired, intake, await facts, repairs)
         except TinkerSyncError as error:
             self._reporter.ended(transfer, str(error))
             raise
@@ -110,6 +110,7 @@ class Transferrer:
 
     async def _finish(
         self,
+        transfer: Transfer,
         checkpoint: Checkpoint,
         acquired: Acquired,
         intake: _Intake,
@@ -126,7 +127,7 @@ class Transferrer:
         stage = intake.stage
         if any(defect.kind is not Kind.CONTENT for defect in defects) or stage is None:
             raise Defective(defects)
-        manifest = self._manifest(checkpoint, acquired, files, facts)
+        manifest = self._manifest(transfer, checkpoint, acquired, files, facts)
         expected = None
         if repairs is not None and repairs.identity.matches(checkpoint.identity):
             expected = await intake.run(partial(self._manifest_of, repairs))
@@ -164,7 +165,12 @@ class Transferrer:
             await loop.run_in_executor(self._indexer, self._catalog.replace_superseded, path, committed.superseded)
 
     def _manifest(
-        self, checkpoint: Checkpoint, acquired: Acquired, files: Sequence[SeenFile], facts: RunFacts
+        self,
+        transfer: Transfer,
+        checkpoint: Checkpoint,
+        acquired: Acquired,
+        files: Sequence[SeenFile],
+        facts: RunFacts,
     ) -> Manifest:
         return Manifest(
             tinker_path=checkpoint.path,
@@ -177,6 +183,7 @@ class Transferrer:
             tool_version=self._tool_version,
             size_bytes=checkpoint.size_bytes,
             expires_at=checkpoint.expires_at,
+            first_expires_at=transfer.first_expires_at,
             public=checkpoint.public,
             user_metadata=checkpoint.user_metadata,
             training_run=facts.training_run,

@@ -6,9 +6,10 @@ import asyncio
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
@@ -20,7 +21,7 @@ from tinker_sync import __version__
 from tinker_sync.acquire.archive import ArchiveSource
 from tinker_sync.acquire.directory import DirectorySource
 from tinker_sync.acquire.files import FilesSource
-from tinker_sync.api.account import TinkerAccount, TinkerSigner
+from tinker_sync.api.account import TinkerAccount, TinkerRemover, TinkerSigner
 from tinker_sync.api.client import SDK_VERSION, RestClient, access_headers
 from tinker_sync.api.credentials import Credentials, CredentialSources
 from tinker_sync.api.listing import AccountLister
@@ -28,10 +29,15 @@ from tinker_sync.catalog.store import CatalogDamaged, CatalogUnusable, SqlCatalo
 from tinker_sync.destination.files import make_directories
 from tinker_sync.destination.local import LocalTree, TreeOptions
 from tinker_sync.destination.lock import RootLock
-from tinker_sync.destination.mounts import is_network
+from tinker_sync.destination.mounts import is_mount_point, is_network
 from tinker_sync.destination.root import STATE_DIRECTORY, RootFacts, prepare_root, read_facts
+from tinker_sync.destination.safeguards import FileSafeguards, read_pins
 from tinker_sync.destination.space import SpaceLedger
-from tinker_sync.errors import ConfigInvalid, WrongRoot
+from tinker_sync.enforcement import EnforcementSettings, Enforcer
+from tinker_sync.errors import ConfigInvalid, DiskTrouble, WrongRoot
+from tinker_sync.inventory import Holdings
+from tinker_sync.journal import Journal, read_events
+from tinker_sync.model.moments import rfc3339
 from tinker_sync.model.work import Damage, Replica
 from tinker_sync.passes import EngineSettings, Mirror
 from tinker_sync.planning import Selection
@@ -42,10 +48,11 @@ from tinker_sync.transfer import Transferrer
 from tinker_sync.transport import ApiTransport, StorageTransport
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator, Callable, Iterator
 
     from tinker_sync.config import LocalPolicy, RemotePolicy, Settings
-    from tinker_sync.ports import Reporter
+    from tinker_sync.model.work import Trashed
+    from tinker_sync.ports import Clock, Reporter
 
 log = structlog.get_logger()
 USER_AGENT: Final = f"tinker-sync/{__version__}"
@@ -100,6 +107,8 @@ class OpenRoot:
 
     tree: LocalTree
     catalog: SqlCatalog
+    journal: Journal
+    safeguards: FileSafeguards
     facts: RootFacts
 
 
@@ -124,8 +133,13 @@ async def open_service(settings: Settings) -> AsyncIterator[Service]:
         yield Service(transport, RestClient(transport), credentials)
 
 
+SYSTEM_CLOCK: Final = SystemClock()
+
+
 @contextmanager
-def open_root(settings: Settings, *, command: str, account: str | None = None) -> Iterator[OpenRoot]:
+def open_root(
+    settings: Settings, *, command: str, account: str | None = None, clock: Clock = SYSTEM_CLOCK
+) -> Iterator[OpenRoot]:
     """Lock, check and recover the root for writing. Raises WrongRoot, RootBusy, CatalogUnusable."""
     root, state = settings.root, settings.state
     wanted = settings.mirror.portable_names
@@ -139,18 +153,33 @@ def open_root(settings: Settings, *, command: str, account: str | None = None) -
         dir_mode=settings.mirror.dir_mode,
     )
     _make_state(state)
-    with RootLock(state / LOCK_FILE, command=command):
-        tree = _tree(settings, facts)
+    with RootLock(state / LOCK_FILE, command=command), Journal(state) as journal:
+        tree = _tree(settings, facts, clock, partial(_note_trashed, journal, clock))
         with _open_catalog(state, tree) as catalog:
             if not catalog.bind(facts.root_id):
                 message = f"{state} holds the catalog of another root: give each root a [mirror] state of its own"
                 raise WrongRoot(message)
+            if journal.dropped:
+                log.warning("journal.repaired", dropped_bytes=journal.dropped)
+                journal.append(
+                    {"time": rfc3339(clock.now()), "event": "journal.repaired", "dropped_bytes": journal.dropped}
+                )
+            catalog.apply(read_events(state, catalog.journal_position()))
             for committed in tree.recover():
                 catalog.add_replica(committed.replica)
                 if committed.superseded is not None:
                     catalog.replace_superseded(committed.replica.path, committed.superseded)
                 log.info("stage.recovered", checkpoint=str(committed.replica.path))
-            yield OpenRoot(tree, catalog, facts)
+            yield OpenRoot(tree, catalog, journal, FileSafeguards(state), facts)
+
+
+def _note_trashed(journal: Journal, clock: Clock, item: Trashed, why: str) -> None:
+    """What goes into or out of the trash by itself. The deed is done: a journal that is full does not undo it."""
+    event = "local.emptied" if why == "min_free" else "local.trashed"
+    facts = {} if item.path is None else {"tinker_path": str(item.path)}
+    log.info("trash.emptied" if why == "min_free" else "replica.trashed", entry=item.entry, why=why, **facts)
+    with suppress(DiskTrouble):
+        journal.append({"time": rfc3339(clock.now()), "event": event, **facts, "entry": item.entry, "why": why})
 
 
 def _state_elsewhere(settings: Settings) -> Path | None:
@@ -202,6 +231,7 @@ def rebuild_catalog(settings: Settings) -> tuple[int, list[Damage]]:
         remove_catalog(settings.state / CATALOG_FILE)
         with SqlCatalog.open(settings.state / CATALOG_FILE, network=is_network(settings.state)) as catalog:
             catalog.rebuild(replicas, tree.quarantined(), kept)
+            catalog.apply(read_events(settings.state))
         tree.repoint_latest()
         return len(replicas), damaged
 
@@ -229,7 +259,39 @@ def open_catalog_for_reading(settings: Settings) -> SqlCatalog:
     return SqlCatalog.open(settings.state / CATALOG_FILE, read_only=True)
 
 
-def _tree(settings: Settings, facts: RootFacts) -> LocalTree:
+def check_owner(settings: Settings) -> None:
+    """A small file is to be changed without the lock: the root must be there, mounted and ours. Raises WrongRoot."""
+    open_tree_for_reading(settings)
+    if settings.mirror.must_be_mount and not is_mount_point(settings.root):
+        message = f"{settings.root} is not a mount point, and [mirror] must_be_mount is true: mount it first"
+        raise WrongRoot(message)
+    if settings.root.stat().st_uid != os.geteuid():
+        message = f"{settings.root} belongs to another user: run as its owner (sudo -u …)"
+        raise WrongRoot(message)
+
+
+def read_holdings(settings: Settings) -> Holdings:
+    """What this side knows, without lock; nothing where nothing was mirrored yet. Raises CatalogUnusable, FixFirst."""
+    pins = read_pins(settings.state)
+    if not (settings.state / CATALOG_FILE).exists():
+        return Holdings(pins=pins)
+    with open_catalog_for_reading(settings) as catalog:
+        return Holdings(
+            known=catalog.known(),
+            deeds=catalog.deeds(),
+            pins=pins,
+            base_models=open_tree_for_reading(settings).base_models(),
+            other_bytes=catalog.other_bytes(),
+            types_apart=catalog.types_apart() is True,
+        )
+
+
+def _tree(
+    settings: Settings,
+    facts: RootFacts,
+    clock: Clock = SYSTEM_CLOCK,
+    trashed: Callable[[Trashed, str], None] = lambda _, __: None,
+) -> LocalTree:
     mirror = settings.mirror
     return LocalTree(
         settings.root,
@@ -241,16 +303,22 @@ def _tree(settings: Settings, facts: RootFacts) -> LocalTree:
             keep_superseded=mirror.keep_superseded,
         ),
         SpaceLedger(settings.root, int(mirror.min_free)),
-        lambda: datetime.now(UTC),
+        clock.now,
+        trashed,
     )
 
 
 @asynccontextmanager
 async def open_mirror(
-    settings: Settings, service: Service, root: OpenRoot, reporter: Reporter
+    settings: Settings,
+    service: Service,
+    root: OpenRoot,
+    reporter: Reporter,
+    *,
+    command: str = "sync",
+    clock: Clock = SYSTEM_CLOCK,
 ) -> AsyncIterator[Mirror]:
     """The engine, with its executors: one for each purpose, so that none can starve another."""
-    clock = SystemClock()
     connections = settings.transfer.connections
     async with AsyncExitStack() as stack:
         storage = await stack.enter_async_context(
@@ -282,6 +350,7 @@ async def open_mirror(
         yield Mirror(
             account=account,
             transferrer=transferrer,
+            enforcer=_enforcer(settings, service, root, account, stack, indexer, command=command, clock=clock),
             destination=root.tree,
             catalog=root.catalog,
             queue=MemoryQueue(clock.monotonic),
@@ -293,14 +362,67 @@ async def open_mirror(
                 concurrency=settings.transfer.concurrency,
                 connections=connections,
                 poll_interval=settings.poll.interval.total_seconds(),
+                enforce=settings.retention.enforce,
+                rescue=settings.mirror.extend_ttl,
             ),
         )
 
 
-def make_account(settings: Settings, service: Service, clock: SystemClock) -> TinkerAccount:
+@asynccontextmanager
+async def open_enforcer(
+    settings: Settings, service: Service, root: OpenRoot, *, command: str, clock: Clock = SYSTEM_CLOCK
+) -> AsyncIterator[Enforcer]:
+    """Enforcement without the engine, for single deeds by hand."""
+    async with AsyncExitStack() as stack:
+        indexer = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="index"))
+        account = make_account(settings, service, clock)
+        yield _enforcer(settings, service, root, account, stack, indexer, command=command, clock=clock)
+
+
+def _enforcer(
+    settings: Settings,
+    service: Service,
+    root: OpenRoot,
+    account: TinkerAccount,
+    stack: AsyncExitStack,
+    indexer: ThreadPoolExecutor,
+    *,
+    command: str,
+    clock: Clock,
+) -> Enforcer:
+    cores = os.cpu_count() or 2
+    readers = stack.enter_context(ThreadPoolExecutor(cores, thread_name_prefix="read-back"))
+    return Enforcer(
+        account=account,
+        remover=TinkerRemover(service.client),
+        destination=root.tree,
+        catalog=root.catalog,
+        journal=root.journal,
+        safeguards=root.safeguards,
+        clock=clock,
+        readers=readers,
+        indexer=indexer,
+        settings=EnforcementSettings(
+            rules=retention_rules(settings),
+            short_ttl=settings.mirror.short_ttl,
+            by=command,
+            max_shrink_fraction=settings.retention.max_shrink_fraction,
+            trash=settings.retention.trash,
+            extend_ttl_max=settings.mirror.extend_ttl_max,
+            types_known_apart=is_official(settings),
+            reads_at_once=cores,
+        ),
+    )
+
+
+def make_account(settings: Settings, service: Service, clock: Clock) -> TinkerAccount:
     """The account as flow sees it."""
     lister = AccountLister(
-        service.client, mode=settings.tinker.listing, page_size=settings.tinker.page_size, now=clock.now
+        service.client,
+        mode=settings.tinker.listing,
+        page_size=settings.tinker.page_size,
+        now=clock.now,
+        service_time=lambda: service.client.service_time,
     )
     return TinkerAccount(service.client, lister, clock.monotonic)
 
@@ -338,6 +460,9 @@ def retention_rules(settings: Settings) -> RetentionRules:
         remote=tuple(_policy(section) for section in retention.remote),
         local=tuple(_policy(section) for section in retention.local),
         action=retention.action,
+        grace=settings.grace,
+        max_bytes=int(settings.mirror.max_bytes),
+        types_apart=is_official(settings),
         max_deletes=retention.max_deletes,
         max_delete_fraction=retention.max_delete_fraction,
     )
@@ -374,5 +499,10 @@ def marker_required(settings: Settings) -> bool:
     wanted = settings.mirror.require_marker
     if wanted != "auto":
         return bool(wanted)
+    return is_official(settings)
+
+
+def is_official(settings: Settings) -> bool:
+    """Whether this is Tinker itself, and not another server that speaks its API."""
     host = urlsplit(settings.base_url).hostname or ""
     return host == "thinkingmachines.dev" or host.endswith(".thinkingmachines.dev")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from tinker_sync.api.listing import from_wire
-from tinker_sync.errors import NotFound, NotServed, RequestRefused, ServiceTrouble
+from tinker_sync.errors import BeingMade, NotFound, NotServed, Overloaded, RequestRefused, ServiceTrouble
 from tinker_sync.model.checkpoint import RunFacts
 from tinker_sync.model.paths import PathInvalid, SignedUrl
 
@@ -78,6 +78,23 @@ class TinkerAccount:
             return False
         return True
 
+    async def serves(self, checkpoint: Checkpoint) -> bool | None:
+        """Whether its bytes can be had right now; None when the answer says nothing about that."""
+        signer = TinkerSigner(self._client)
+        try:
+            if checkpoint.checkpoint_type == "external":
+                await signer.files(checkpoint.path)
+            else:
+                async with signer.archive(checkpoint.path, checkpoint.listed_id):
+                    pass
+        except (BeingMade, NotServed):
+            return None
+        except (RequestRefused, Overloaded):
+            return False
+        except ServiceTrouble:
+            return None
+        return True
+
     async def facts(self, path: TinkerPath) -> RunFacts:
         """The TrainingRun and the weights' facts; None for what this server does not tell."""
         return RunFacts(await self._run_facts(path.run_id), await self._weights_facts(path))
@@ -108,6 +125,21 @@ def _readable_rows(answer: wire.CheckpointsListResponse) -> list[Checkpoint]:
         with suppress(PathInvalid):
             rows.append(from_wire(row))
     return rows
+
+
+class TinkerRemover:
+    """`ports.Remover`. Whoever holds one can delete: that is `enforcement`."""
+
+    def __init__(self, client: RestClient) -> None:
+        self._client = client
+
+    async def delete(self, path: TinkerPath) -> None:
+        """Delete for good."""
+        await self._client.delete_checkpoint_from_tinker_path(str(path))
+
+    async def set_ttl(self, path: TinkerPath, seconds: int | None) -> None:
+        """Let it expire, or never."""
+        await self._client.set_checkpoint_ttl_from_tinker_path(str(path), seconds)
 
 
 class TinkerSigner:

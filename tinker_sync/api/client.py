@@ -67,6 +67,15 @@ class RestClient:
     def __init__(self, transport: ApiTransport) -> None:
         self._transport = transport
 
+    @property
+    def service_time(self) -> datetime | None:
+        """When the last answer was made, by the service's clock; None where it did not say."""
+        try:
+            moment = parsedate_to_datetime(self._transport.last_date)
+        except (TypeError, ValueError):
+            return None
+        return moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
+
     async def list_user_checkpoints(self, limit: int = 100, offset: int = 0) -> wire.CheckpointsListResponse:
         """One page of all checkpoints of the user, newest first."""
         params = {"limit": limit, "offset": offset}

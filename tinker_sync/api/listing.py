@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import TYPE_CHECKING, Final, Generic, Literal, TypeVar
 
 from tinker_sync.errors import (
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from tinker_sync.api.client import RestClient
 
 Mode = Literal["auto", "user", "runs", "both"]
+CLOCK_LIMIT: Final = timedelta(minutes=10)
+"""A clock that is further off proves no listing: expiry and age are judged by it."""
 WALKS: Final = 3
 OVERLAP: Final = 20
 """Rows of the page before that are asked for again: more than ever share a time, fewer than cost."""
@@ -241,7 +244,9 @@ class AccountLister:
         page_size: int,
         now: Callable[[], datetime],
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        service_time: Callable[[], datetime | None] = lambda: None,
     ) -> None:
+        self._service_time = service_time
         self._client = client
         self._mode: Mode = mode
         self._page_size = page_size
@@ -260,9 +265,20 @@ class AccountLister:
             message = f"the account cannot be listed: {error}"
             raise ServiceTrouble(message) from error
         rows = _newest_of_each_path(walk.rows.values())
+        skew = self._skew()
+        if abs(skew) > CLOCK_LIMIT:
+            side = "ahead of" if skew > timedelta(0) else "behind"
+            walk.doubts.append(
+                f"this host's clock is {timedelta(seconds=round(abs(skew).total_seconds()))} {side} the service's: set it (NTP), ages are read by it"
+            )
         if walk.doubts:
             return Sighting(rows, seen_at, tuple(walk.doubts))
         return Listing(rows, seen_at)
+
+    def _skew(self) -> timedelta:
+        """How far this host's clock is ahead of the service's."""
+        theirs = self._service_time()
+        return timedelta(0) if theirs is None else self._now() - theirs
 
     async def _walk(self) -> Walk[Checkpoint]:
         if self._mode == "runs":

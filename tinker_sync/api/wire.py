@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from tinker_sync.model.moments import parse_time
+from tinker_sync.model.moments import FAR_FUTURE, parse_time
 
 
 def _lenient_time(value: object) -> object:
@@ -23,6 +23,11 @@ def _lenient_time(value: object) -> object:
         except (OverflowError, ValueError, OSError):
             return None
     return value if isinstance(value, datetime) else None
+
+
+def _lenient_expiry(value: object) -> object:
+    """None is never; one that cannot be read is some day: it must not pass for never."""
+    return None if value is None else _lenient_time(value) or FAR_FUTURE
 
 
 def _lenient_metadata(value: object) -> object:
@@ -57,6 +62,7 @@ def _lenient_cursor(value: object) -> object:
 Text = Annotated[str, BeforeValidator(_lenient_text)]
 Flag = Annotated[bool, BeforeValidator(_lenient_flag)]
 Moment = Annotated[datetime | None, BeforeValidator(_lenient_time)]
+Expiry = Annotated[datetime | None, BeforeValidator(_lenient_expiry)]
 Metadata = Annotated[dict[str, str] | None, BeforeValidator(_lenient_metadata)]
 Size = Annotated[int | None, BeforeValidator(_lenient_size)]
 
@@ -77,7 +83,7 @@ class Checkpoint(Wire):
     size_bytes: Size = None
     public: Annotated[bool, BeforeValidator(_lenient_public)] = False
     user_metadata: Metadata = None
-    expires_at: Moment = None
+    expires_at: Expiry = None
 
 
 class Cursor(Wire):

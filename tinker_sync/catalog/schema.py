@@ -6,7 +6,7 @@ from typing import Final
 
 from sqlalchemy import BigInteger, Boolean, Column, Integer, MetaData, String, Table, Text
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 """Another version in the file means: rebuild from the tree."""
 
 metadata = MetaData()
@@ -34,6 +34,7 @@ replicas = Table(
     Column("verified_at", BigInteger, nullable=False),
     Column("manifest_sha256", String(64), nullable=False),
     Column("expires_at", BigInteger),
+    Column("first_expires_at", BigInteger),
     Column("superseded", Boolean, nullable=False),
     Column("user_metadata", Text),
     Column("damaged", Text, nullable=False),
@@ -53,6 +54,31 @@ upstream = Table(
     Column("first_seen_at", BigInteger, nullable=False),
 )
 """What the service showed last, less what a proven listing no longer has."""
+
+deeds = Table(
+    "deeds",
+    metadata,
+    Column("tinker_path", String(700), primary_key=True),
+    Column("time", BigInteger, nullable=False),
+    Column("size_bytes", BigInteger),
+    Column("state", String(16), nullable=False),
+    Column("action", String(16), nullable=False),
+    Column("at", BigInteger, nullable=False),
+    Column("retry_at", BigInteger),
+    Column("former_expires_at", BigInteger),
+    Column("ends_at", BigInteger),
+    Column("detail", Text, nullable=False),
+)
+"""What was last done to a checkpoint upstream: the journal's events, folded."""
+
+standing = Table(
+    "standing",
+    metadata,
+    Column("tinker_path", String(700), primary_key=True),
+    Column("time", BigInteger, nullable=False),
+    Column("since", BigInteger, nullable=False),
+)
+"""Since when each checkpoint has had a verdict that lets it go upstream. Lost with the catalog: that only delays."""
 
 failures = Table(
     "failures",

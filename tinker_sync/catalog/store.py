@@ -21,6 +21,7 @@ from sqlalchemy.pool import StaticPool
 from tinker_sync.catalog import schema
 from tinker_sync.errors import TinkerSyncError
 from tinker_sync.model.checkpoint import Checkpoint
+from tinker_sync.model.deeds import Deed, fold
 from tinker_sync.model.moments import from_micros, parse_time, rfc3339, to_micros
 from tinker_sync.model.paths import TinkerPath
 from tinker_sync.model.work import Failure, Replica, Trouble
@@ -194,8 +195,10 @@ class SqlCatalog:
         with self._begin() as connection:
             return [_as_checkpoint(row) for row in connection.execute(select(schema.upstream))]
 
-    def observe(self, checkpoints: Sequence[Checkpoint], seen_at: datetime, *, complete: bool) -> None:
-        """Record what was shown; with `complete`, also what is gone. Writes only differences."""
+    def observe(
+        self, checkpoints: Sequence[Checkpoint], seen_at: datetime, *, complete: bool
+    ) -> tuple[Checkpoint, ...]:
+        """Record what was shown; with `complete`, also what is gone, which it returns. Writes only differences."""
         table = schema.upstream
         with self._begin() as connection:
             before = {row.tinker_path: row for row in connection.execute(select(table))}
@@ -216,11 +219,14 @@ class SqlCatalog:
                 else:
                     connection.execute(update(table).where(table.c.tinker_path == key), row)
             _insert(connection, table, added)
-            if complete:
-                gone = [path for path in before if path not in shown]
-                _delete(connection, table, gone)
-                kept = _quarantined_paths(connection)  # theirs may be the only bytes that are left
-                _delete(connection, schema.failures, [path for path in gone if path not in kept])
+            if not complete:
+                return ()
+            gone = [path for path in before if path not in shown]
+            _delete(connection, table, gone)
+            _delete(connection, schema.standing, gone)
+            kept = _quarantined_paths(connection)  # theirs may be the only bytes that are left
+            _delete(connection, schema.failures, [path for path in gone if path not in kept])
+            return tuple(_as_checkpoint(before[path]) for path in gone)
 
     def add_replica(self, replica: Replica) -> None:
         """A replica is there. What held its name is superseded or replaced; its failures are forgotten."""
@@ -260,6 +266,87 @@ class SqlCatalog:
         with self._begin() as connection:
             connection.execute(delete(table).where(table.c.tinker_path == str(failure.path)))
             connection.execute(insert(table), _failure_row(failure))
+
+    def deeds(self) -> dict[TinkerPath, Deed]:
+        """What was last done to each checkpoint upstream."""
+        with self._begin() as connection:
+            return {deed.path: deed for deed in map(_as_deed, connection.execute(select(schema.deeds)))}
+
+    def unsettled_deeds(self) -> list[Deed]:
+        """Those of which a listing can still tell something new."""
+        table = schema.deeds
+        query = select(table).where(table.c.state.not_in(("confirmed", "withheld")))
+        with self._begin() as connection:
+            return [_as_deed(row) for row in connection.execute(query)]
+
+    def journal_position(self) -> tuple[int, int]:
+        """Up to where the journal's events are in here."""
+        with self._begin() as connection:
+            number, offset = _fact(connection, "journal") or (0, 0)
+        return int(number), int(offset)
+
+    def apply(self, events: Iterable[tuple[tuple[int, int], Mapping[str, Any]]]) -> None:
+        """Take up what the journal tells, with the position behind each event."""
+        table = schema.deeds
+        with self._begin() as connection:
+            position: tuple[int, int] | None = None
+            for at, event in events:
+                position = at
+                if event["event"] == "server.types":
+                    _set_fact(connection, "types_apart", bool(event.get("apart")))
+                path = event.get("tinker_path")
+                if not isinstance(path, str):
+                    continue
+                row = connection.execute(select(table).where(table.c.tinker_path == path)).one_or_none()
+                before = None if row is None else _as_deed(row)
+                try:
+                    after = fold(before, event)
+                except (KeyError, ValueError, TypeError):
+                    continue  # edited, or a later version's: `history --check` tells
+                if after != before:
+                    connection.execute(delete(table).where(table.c.tinker_path == path))
+                    if after is not None:
+                        connection.execute(insert(table), _deed_row(after))
+            if position is not None:
+                _set_fact(connection, "journal", list(position))
+
+    def types_apart(self) -> bool | None:
+        """Whether the server was found to keep types apart; None when nobody knows."""
+        with self._begin() as connection:
+            found = _fact(connection, "types_apart")
+        return found if isinstance(found, bool) else None
+
+    def standing(self) -> dict[TinkerPath, tuple[datetime, datetime]]:
+        """Of everything that may go upstream: the object's time, and since when the verdict has stood."""
+        with self._begin() as connection:
+            rows = connection.execute(select(schema.standing))
+            return {TinkerPath.parse(row.tinker_path): (from_micros(row.time), from_micros(row.since)) for row in rows}
+
+    def stand(self, going: Mapping[TinkerPath, datetime], now: datetime) -> dict[TinkerPath, datetime]:
+        """These may go (path and the object's time), and nothing else; returns since when. Writes only differences."""
+        before = self.standing()
+        table = schema.standing
+        since = {
+            path: before[path][1] if path in before and before[path][0] == time else now for path, time in going.items()
+        }
+        over = [str(path) for path in before if path not in going]
+        new = [path for path in going if path not in before or before[path] != (going[path], since[path])]
+        if over or new:
+            with self._begin() as connection:
+                _delete(connection, table, [*over, *map(str, new)])
+                rows = [
+                    {"tinker_path": str(path), "time": to_micros(going[path]), "since": to_micros(since[path])}
+                    for path in new
+                ]
+                _insert(connection, table, rows)
+        return since
+
+    def other_bytes(self) -> int:
+        """What superseded versions weigh."""
+        table = schema.replicas
+        with self._begin() as connection:
+            query = select(func.coalesce(func.sum(table.c.total_bytes), 0)).where(table.c.superseded)
+            return int(connection.execute(query).scalar_one())
 
     def bind(self, root_id: str) -> bool:
         """Tie the catalog to a root; False when it is another root's already."""
@@ -325,7 +412,7 @@ class SqlCatalog:
             schema.metadata.create_all(connection)
             _set_fact(connection, "schema_version", schema.SCHEMA_VERSION)
             for name, value in (kept or {}).items():
-                if name != "schema_version":
+                if name not in ("schema_version", "journal"):
                     _set_fact(connection, name, value)
             _insert(connection, schema.replicas, [_replica_row(replica) for replica in replicas])
             _insert(connection, schema.failures, [_failure_row(failure) for failure in failed.values()])
@@ -444,6 +531,7 @@ def _replica_row(replica: Replica) -> dict[str, Any]:
         "verified_at": to_micros(replica.verified_at),
         "manifest_sha256": replica.manifest_sha256,
         "expires_at": _micros(replica.expires_at),
+        "first_expires_at": _micros(replica.first_expires_at),
         "superseded": replica.superseded,
         "user_metadata": _as_text(replica.user_metadata),
         "damaged": json.dumps(list(replica.damaged)),
@@ -464,9 +552,40 @@ def _as_replica(row: Row[Any]) -> Replica:
         verified_at=from_micros(row.verified_at),
         manifest_sha256=row.manifest_sha256,
         expires_at=_moment(row.expires_at),
+        first_expires_at=_moment(row.first_expires_at),
         superseded=row.superseded,
         user_metadata=None if row.user_metadata is None else json.loads(row.user_metadata),
         damaged=tuple(json.loads(row.damaged)) if row.damaged != "[]" else (),
+    )
+
+
+def _deed_row(deed: Deed) -> dict[str, Any]:
+    return {
+        "tinker_path": str(deed.path),
+        "time": to_micros(deed.time),
+        "size_bytes": deed.size_bytes,
+        "state": deed.state,
+        "action": deed.action,
+        "at": to_micros(deed.at),
+        "retry_at": _micros(deed.retry_at),
+        "former_expires_at": _micros(deed.former_expires_at),
+        "ends_at": _micros(deed.ends_at),
+        "detail": deed.detail,
+    }
+
+
+def _as_deed(row: Row[Any]) -> Deed:
+    return Deed(
+        path=TinkerPath.parse(row.tinker_path),
+        time=from_micros(row.time),
+        size_bytes=row.size_bytes,
+        state=row.state,
+        action=row.action,
+        at=from_micros(row.at),
+        retry_at=_moment(row.retry_at),
+        former_expires_at=_moment(row.former_expires_at),
+        ends_at=_moment(row.ends_at),
+        detail=row.detail,
     )
 
 

@@ -37,6 +37,9 @@ app = typer.Typer(
     """,
 )
 
+GC_THRESHOLD = (100_000, 20, 20)
+"""A plan of a million checkpoints makes millions of small values that live on: looking at them every 700 costs more
+than making them."""
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document with stable keys on stdout.")]
 
 
@@ -110,6 +113,7 @@ def run_async(work: Coroutine[Any, Any, int]) -> NoReturn:
     import asyncio  # noqa: PLC0415
 
     gc.freeze()
+    gc.set_threshold(*GC_THRESHOLD)
     gc.enable()
 
     async def main() -> int:
@@ -249,6 +253,90 @@ def plan(
 
     settings = load_with_logs(context, default_level="warning")
     run_async(planning.show(settings, at=at, diff=diff, as_json=json))
+
+
+@app.command()
+def prune(
+    context: typer.Context,
+    *,
+    apply: Annotated[bool, typer.Option("--apply", help="Do it; without this, the same as `plan`.")] = False,
+    allow: Annotated[
+        int | None, typer.Option(min=1, help="Lift the breaker's limits this once, for at most so many deletes.")
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Enforce retention now, transferring nothing: delete what the policies let go, after proof.
+
+    Every delete needs a proven listing, a replica that was read back in this pass, and an intent in the journal. Exit
+    code 3: the listing could not be proven. 4: another process holds the root. 5: breaker or stop flag; none happened.
+    """
+    from tinker_sync.cli import retain  # noqa: PLC0415
+
+    settings = load_with_logs(context, default_level="warning")
+    run_async(retain.prune(settings, apply=apply, allow=allow, as_json=json))
+
+
+@app.command()
+def history(
+    context: typer.Context,
+    paths: Annotated[list[str] | None, typer.Argument(help="Only these tinker paths, or training runs.")] = None,
+    *,
+    event: Annotated[
+        list[str] | None, typer.Option(help="Only such events: delete, delete.intent, ttl, local, …")
+    ] = None,
+    since: Annotated[str | None, typer.Option(help="Only from this time on: 2026-12-24T18:00:00Z")] = None,
+    limit: Annotated[int, typer.Option("--limit", "-n", min=0, help="Only so many of the newest; 0 shows all.")] = 100,
+    check: Annotated[bool, typer.Option("--check", help="Follow the chain of hashes; exit code 1 for damage.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Show the journal: each deletion with its rule, its proof and the service's answer."""
+    from tinker_sync.cli import retain  # noqa: PLC0415
+
+    code = retain.history(
+        load(context), paths=paths or [], events=event or [], since=since, limit=limit, check=check, as_json=json
+    )
+    raise typer.Exit(code)
+
+
+@app.command()
+def resume(context: typer.Context) -> None:
+    """Lift the stop flag, after a look at why it was set."""
+    from tinker_sync.cli import retain  # noqa: PLC0415
+
+    raise typer.Exit(retain.resume(load(context)))
+
+
+trash = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="What local retention let go.")
+app.add_typer(trash, name="trash")
+
+
+@trash.command(name="ls")
+def trash_list(context: typer.Context, *, json: JsonOption = False) -> None:
+    """List what is in the trash, and when it is deleted for good."""
+    from tinker_sync.cli import retain  # noqa: PLC0415
+
+    raise typer.Exit(retain.trash_list(load(context), as_json=json))
+
+
+@trash.command(name="restore")
+def trash_restore(
+    context: typer.Context,
+    names: Annotated[list[str], typer.Argument(help="Entries or tinker paths, as `trash ls` shows them.")],
+    *,
+    json: JsonOption = False,
+) -> None:
+    """Put replicas back where they were."""
+    from tinker_sync.cli import retain  # noqa: PLC0415
+
+    raise typer.Exit(retain.trash_restore(load_with_logs(context, default_level="warning"), names, as_json=json))
+
+
+@trash.command(name="empty")
+def trash_empty(context: typer.Context, *, json: JsonOption = False) -> None:
+    """Delete everything that is in the trash, now and for good."""
+    from tinker_sync.cli import retain  # noqa: PLC0415
+
+    raise typer.Exit(retain.trash_empty(load_with_logs(context, default_level="warning"), as_json=json))
 
 
 @app.command()

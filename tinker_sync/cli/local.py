@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -239,37 +238,36 @@ def reindex(settings: Settings, *, as_json: bool) -> int:
 def pin(settings: Settings, wanted: list[str]) -> int:
     """Add pins, or list them."""
     from tinker_sync.destination.files import make_directories  # noqa: PLC0415
-    from tinker_sync.destination.pins import is_pin, read_pins, write_pins  # noqa: PLC0415
-    from tinker_sync.wiring import open_tree_for_reading  # noqa: PLC0415
+    from tinker_sync.destination.safeguards import is_pin, pins_in_hand, read_pins, write_pins  # noqa: PLC0415
+    from tinker_sync.wiring import check_owner  # noqa: PLC0415
 
-    before = read_pins(settings.state)
     if not wanted:
-        for line in before:
+        for line in read_pins(settings.state):
             render.say(line)
         return 0
     for text in wanted:
         if not is_pin(text) or not text.isprintable():
             message = f"{text!a} is no pin: write tinker://<run>/<segment>/<name>, or a glob of the same three parts"
             raise FixFirst(message)
-    open_tree_for_reading(settings)  # a pin belongs to a root that is there, mounted and ours
-    if settings.root.stat().st_uid != os.geteuid():
-        message = f"{settings.root} belongs to another user: run as its owner (sudo -u …)"
-        raise FixFirst(message)
+    check_owner(settings)
     make_directories(settings.state, mode=0o700)
-    write_pins(settings.state, [*before, *wanted])
+    with pins_in_hand(settings.state) as before:
+        write_pins(settings.state, [*before, *wanted])
     return 0
 
 
 def unpin(settings: Settings, wanted: list[str]) -> int:
     """Take pins back; one that is not there is an error, since somebody relies on what it says."""
-    from tinker_sync.destination.pins import read_pins, write_pins  # noqa: PLC0415
+    from tinker_sync.destination.safeguards import pins_in_hand, write_pins  # noqa: PLC0415
+    from tinker_sync.wiring import check_owner  # noqa: PLC0415
 
-    before = read_pins(settings.state)
-    missing = [text for text in wanted if text not in before]
-    if missing:
-        message = f"not pinned: {', '.join(missing)}; `tinker-sync pin` lists what is"
-        raise TinkerSyncError(message)
-    write_pins(settings.state, [line for line in before if line not in wanted])
+    check_owner(settings)
+    with pins_in_hand(settings.state) as before:
+        missing = [text for text in wanted if text not in before]
+        if missing:
+            message = f"not pinned: {', '.join(missing)}; `tinker-sync pin` lists what is"
+            raise TinkerSyncError(message)
+        write_pins(settings.state, [line for line in before if line not in wanted])
     return 0
 
 

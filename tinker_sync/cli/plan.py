@@ -3,56 +3,66 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from tinker_sync.cli import render
 from tinker_sync.config import load_settings
-from tinker_sync.destination.pins import read_pins
 from tinker_sync.destination.root import read_facts
+from tinker_sync.destination.safeguards import read_stop
 from tinker_sync.errors import FixFirst, RequestRefused, ServiceTrouble, TinkerSyncError, WrongRoot
-from tinker_sync.inventory import make_members
+from tinker_sync.inventory import Decision, decide
 from tinker_sync.model.checkpoint import Listing
 from tinker_sync.model.moments import parse_time, rfc3339
-from tinker_sync.planning import Known
-from tinker_sync.retention import plan_retention
+from tinker_sync.retention import duration
 from tinker_sync.wiring import (
     SystemClock,
     make_account,
     open_catalog_for_reading,
     open_service,
-    open_tree_for_reading,
+    read_holdings,
     retention_rules,
 )
 
 if TYPE_CHECKING:
-    from datetime import timedelta
+    from collections.abc import Mapping
     from pathlib import Path
 
     from tinker_sync.catalog.store import SqlCatalog
     from tinker_sync.config import Settings
     from tinker_sync.model.paths import TinkerPath
+    from tinker_sync.model.work import Replica
     from tinker_sync.retention import Member, RetentionPlan, Verdict
     from tinker_sync.wiring import Service
 
 _SHOWN_PER_RUN = 40
 
 
-async def show(settings: Settings, *, at: str | None, diff: Path | None, as_json: bool) -> int:
+async def show(
+    settings: Settings, *, at: str | None = None, diff: Path | None = None, allow: int | None = None, as_json: bool
+) -> int:
     """Plan against a fresh listing, and print it."""
     now = _moment(at)
     _check_root(settings)
     other = load_settings(diff, root=settings.root) if diff is not None else None
+    price = None
     async with open_service(settings) as service:
         found = await make_account(settings, service, SystemClock()).list()
-        price = await _price(settings, service)
+        if not as_json and other is None:
+            price = await _price(settings, service)
+    rows = [row for row in found.checkpoints if row.expires_at is None or row.expires_at > now]
     complete = isinstance(found, Listing)
-    members = _members(settings, found.checkpoints)
-    plan = plan_retention(members, retention_rules(settings), now=now, complete=complete)
+    holdings = read_holdings(settings)
+
+    def by(chosen: Settings) -> Decision:
+        rules, short_ttl = retention_rules(chosen), chosen.mirror.short_ttl
+        return decide(rows, holdings, rules, now=now, complete=complete, short_ttl=short_ttl, allow=allow)
+
+    decision = by(settings)
+    plan = decision.plan
     if other is not None:
-        theirs = _members(settings, found.checkpoints, short_ttl=other.mirror.short_ttl)
-        changed = plan_retention(theirs, retention_rules(other), now=now, complete=complete)
-        _tell_difference(plan, changed, complete=complete, as_json=as_json)
+        _tell_difference(plan, by(other).plan, complete=complete, as_json=as_json)
         return 0 if complete else 3
     if as_json:
         render.print_json(
@@ -63,12 +73,15 @@ async def show(settings: Settings, *, at: str | None, diff: Path | None, as_json
             }
         )
     else:
-        _tell(plan, {member.path: member for member in members}, settings, price, now)
+        _tell(decision, settings, price, now)
         for doubt in () if isinstance(found, Listing) else found.doubts:
             render.say(f"nothing may go: the listing is unproven ({doubt})")
-    if not complete:
-        return 3
-    return 5 if plan.breaker is not None else 0
+        stopped = read_stop(settings.state)
+        if stopped is not None:
+            render.say(f"STOPPED: {stopped}; look into it, then `tinker-sync resume`")
+    if plan.breaker is not None or read_stop(settings.state) is not None:
+        return 5
+    return 0 if complete else 3
 
 
 async def explain(settings: Settings, path: TinkerPath, *, as_json: bool) -> int:
@@ -82,14 +95,22 @@ async def explain(settings: Settings, path: TinkerPath, *, as_json: bool) -> int
             rows, complete = tuple(catalog.listed()), False
         source = f"what it listed last ({error})"
     now = datetime.now(UTC)
-    members = _members(settings, rows)
-    subject = next((member for member in members if member.path == path), None)
+    holdings = read_holdings(settings)
+    short_ttl = settings.mirror.short_ttl
+    rules = retention_rules(settings)
+    decision = decide(rows, holdings, rules, now=now, complete=complete, short_ttl=short_ttl)
+    subject = decision.members.get(path)
     if subject is None:
         message = f"{path} is neither listed nor here: gone, or misspelt"
         raise TinkerSyncError(message)
-    plan = plan_retention(members, retention_rules(settings), now=now, complete=complete)
-    verdicts = [verdict for verdict in plan.verdicts if verdict.path == path]
-    failure = _failure(settings, path)
+    verdicts = [verdict for verdict in decision.plan.verdicts if verdict.path == path]
+    story = _Story(
+        member=subject,
+        verdicts=verdicts,
+        other=None if subject.replica is not None else holdings.known.replicas.get(path),
+        failure=_failure(settings, path),
+        changes=[_when(verdict, subject, settings, now, _since(settings, path)) for verdict in verdicts],
+    )
     if as_json:
         render.print_json(
             {
@@ -98,14 +119,81 @@ async def explain(settings: Settings, path: TinkerPath, *, as_json: bool) -> int
                 "complete": complete,
                 "remote": None if subject.remote is None else _remote_json(subject),
                 "replica": None if subject.replica is None else str(settings.root / subject.replica.directory),
+                "other_replica": None if story.other is None else str(settings.root / story.other.directory),
                 "short_lived": subject.short_lived,
-                "failure": failure,
-                "verdicts": [_as_json(verdict) for verdict in verdicts],
+                "failure": story.failure,
+                "verdicts": [
+                    {**_as_json(verdict), "changes": change}
+                    for verdict, change in zip(verdicts, story.changes, strict=True)
+                ],
             }
         )
         return 0
-    _tell_story(subject, verdicts, settings, source, failure, now)
+    _tell_story(story, settings, source, now)
     return 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Story:
+    """What `explain` tells."""
+
+    member: Member
+    verdicts: list[Verdict]
+    other: Replica | None
+    """The replica of another object under this path."""
+    failure: str | None
+    changes: list[str]
+    """For each verdict, when and by what it would change."""
+
+
+def _when(verdict: Verdict, member: Member, settings: Settings, now: datetime, since: datetime | None) -> str:
+    """When it would go, as far as that can be told."""
+    if verdict.action != "keep":
+        if verdict.side == "local":
+            return f"goes to the trash with the next enforced pass, and is deleted {settings.retention.trash.days} days later"
+        if verdict.action == "expire":
+            return f"is given {duration(settings.grace)} to live with the next enforced pass"
+        first = (since or now) + settings.grace
+        return (
+            "goes with the next enforced pass"
+            if first <= now
+            else f"goes in an enforced pass after {_moment_text(first)}"
+        )
+    words = {reason.why for reason in verdict.reasons}
+    if words <= {"young"}:
+        return f"may go after {_moment_text(member.time + settings.retention.min_age)}"
+    if "no-policy" in words:
+        return "stays until a policy selects it"
+    lifts = [_LIFTED_BY[word] for word in sorted(words) if word in _LIFTED_BY]
+    return "stays until " + ", and ".join(dict.fromkeys(lifts)) if lifts else "stays while its rules keep it"
+
+
+_LIFTED_BY: Final = {
+    "newest": "a newer one of its run and type is there",
+    "not-replicated": "it is copied, whole",
+    "public": "it is unpublished",
+    "pinned": "it is unpinned",
+    "young": "it is older than min_age",
+    "future": "its time has come",
+    "fidelity": "an exact copy is here, or the policy sets delete_adapter_only",
+    "other-side": "one of the two sides keeps it",
+    "expiring-original": "its original no longer expires",
+    "orphan": "the policy sets keep_orphans = false",
+    "unproven": "a listing is proven",
+    "twin": "its twin of the other type may go too",
+}
+
+
+def _moment_text(moment: datetime) -> str:
+    return rfc3339(moment.replace(microsecond=0))
+
+
+def _since(settings: Settings, path: TinkerPath) -> datetime | None:
+    if not (settings.state / "catalog.db").exists():
+        return None
+    with open_catalog_for_reading(settings) as catalog:
+        found = catalog.standing().get(path)
+    return None if found is None else found[1]
 
 
 def _moment(at: str | None) -> datetime:
@@ -124,21 +212,6 @@ def _check_root(settings: Settings) -> None:
     if facts is not None and facts.server != settings.base_url:
         message = f"{settings.root} mirrors {facts.server}, [tinker] base_url is {settings.base_url}"
         raise WrongRoot(message)
-
-
-def _members(settings: Settings, rows: Any, *, short_ttl: timedelta | None = None) -> list[Member]:
-    known, base_models = Known(), {}
-    if (settings.state / "catalog.db").exists():
-        with open_catalog_for_reading(settings) as catalog:
-            known = catalog.known()
-        base_models = open_tree_for_reading(settings).base_models()
-    return make_members(
-        rows,
-        known,
-        pins=read_pins(settings.state),
-        base_models=base_models,
-        short_ttl=settings.mirror.short_ttl if short_ttl is None else short_ttl,
-    )
 
 
 def _failure(settings: Settings, path: TinkerPath) -> str | None:
@@ -181,9 +254,8 @@ def _remote_json(member: Member) -> dict[str, Any]:
     }
 
 
-def _tell(
-    plan: RetentionPlan, members: dict[TinkerPath, Member], settings: Settings, price: float | None, now: datetime
-) -> None:
+def _tell(decision: Decision, settings: Settings, price: float | None, now: datetime) -> None:
+    plan, members = decision.plan, decision.members
     if not settings.retention.remote and not settings.retention.local:
         render.say("no policy is configured ([[retention.remote]], [[retention.local]]): everything is kept")
     by_run: dict[str, list[Verdict]] = {}
@@ -205,6 +277,12 @@ def _tell(
         if len(verdicts) > len(governed):
             render.say(f"  {len(verdicts) - len(governed)} are selected by no policy, and stay")
     _tell_totals(plan, members, price)
+    if plan.over_bytes:
+        render.say(f"[mirror] max_bytes is exceeded by {render.size(plan.over_bytes)} that must stay: copying stops")
+    if settings.retention.enforce:
+        render.say("nothing was changed; [retention] enforce is on: the next `sync` carries this out")
+    else:
+        render.say("nothing was changed; `tinker-sync prune --apply` carries it out ([retention] enforce is off)")
 
 
 def _row(verdict: Verdict, member: Member, now: datetime) -> tuple[str, ...]:
@@ -218,7 +296,7 @@ def _row(verdict: Verdict, member: Member, now: datetime) -> tuple[str, ...]:
     )
 
 
-def _tell_totals(plan: RetentionPlan, members: dict[TinkerPath, Member], price: float | None) -> None:
+def _tell_totals(plan: RetentionPlan, members: Mapping[TinkerPath, Member], price: float | None) -> None:
     for side in ("remote", "local"):
         mine = [verdict for verdict in plan.verdicts if verdict.side == side]
         going = [verdict for verdict in mine if verdict.action != "keep"]
@@ -229,9 +307,9 @@ def _tell_totals(plan: RetentionPlan, members: dict[TinkerPath, Member], price: 
         tripped = plan.breaker
         render.say(
             f"BREAKER: {tripped.deletes} deletes of {tripped.listed} listed are over max_deletes = "
-            f"{tripped.max_deletes} or max_delete_fraction = {tripped.max_delete_fraction}: none would happen"
+            f"{tripped.max_deletes} or max_delete_fraction = {tripped.max_delete_fraction}: none would happen. "
+            f"If they are meant: `tinker-sync prune --apply --allow {tripped.deletes}`"
         )
-    render.say("this version only plans: nothing is deleted")
 
 
 def _tell_difference(before: RetentionPlan, after: RetentionPlan, *, complete: bool, as_json: bool) -> None:
@@ -260,27 +338,31 @@ def _tell_difference(before: RetentionPlan, after: RetentionPlan, *, complete: b
     render.say(", ".join(f"{number} {what}" for what, number in counts.items()) or "no difference")
 
 
-def _tell_story(
-    member: Member, verdicts: list[Verdict], settings: Settings, source: str, failure: str | None, now: datetime
-) -> None:
+def _tell_story(story: _Story, settings: Settings, source: str, now: datetime) -> None:
+    member = story.member
     render.say(str(member.path))
     render.say(f"  made {render.ago(member.time, now)}{', short-lived' if member.short_lived else ''}; from {source}")
     if member.remote is None:
-        render.say("  upstream: not listed")
+        by = ": deleted by policy" if member.deleted_by_us else ""
+        render.say(f"  upstream: not listed{by}")
     else:
         expiry = member.remote.expires_at
         ends = "never expires" if expiry is None else f"expires {render.ahead(expiry, now)}"
         render.say(f"  upstream: {render.size(member.remote.size_bytes or 0)}, {ends}")
     if member.replica is None:
-        render.say(f"  here: no replica{f' ({failure})' if failure else ''}")
+        render.say(f"  here: no replica{f' ({story.failure})' if story.failure else ''}")
     else:
         replica = member.replica
         state = f"DAMAGED: {'; '.join(replica.damaged)}" if replica.damaged else replica.fidelity
         render.say(f"  here: {settings.root / replica.directory} ({state})")
         render.say(f"  proof: read back or written {render.ago(replica.verified_at, now)}; "
                    f"manifest {replica.manifest_sha256[:16]}…")  # fmt: skip
-    for verdict in verdicts:
+    if story.other is not None:
+        where = settings.root / story.other.directory
+        render.say(f"  here, under this path, but of another object ({_moment_text(story.other.time)}): {where}")
+    for verdict, change in zip(story.verdicts, story.changes, strict=True):
         policy = f" by policy {verdict.policy!r}" if verdict.policy else ""
         render.say(f"  {verdict.side}: {verdict.action}{policy}")
         for reason in verdict.reasons:
             render.say(f"    {reason.why}: {reason.detail}")
+        render.say(f"    {change}")

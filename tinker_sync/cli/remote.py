@@ -1,7 +1,11 @@
-"""`tinker-sync remote …`: the documented RestClient from the shell. Needs a credential, no root and no lock."""
+"""`tinker-sync remote …`: the documented RestClient from the shell.
+
+It needs a credential, and no root and no lock but for `delete` and `set-ttl`, which go through enforcement.
+"""
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -238,6 +242,74 @@ def unpublish(context: typer.Context, path: PathArgument, *, json: JsonOption = 
         lambda _: render.say(f"{path} is private"),
         as_json=json,
     )
+
+
+UnprovenOption = Annotated[
+    bool, typer.Option("--unproven", help="Without guards and proof; type the path again to confirm.")
+]
+AgainArgument = Annotated[str, typer.Argument(help="With --unproven: the path again (else it is asked for).")]
+
+
+@app.command()
+def delete(
+    context: typer.Context,
+    path: PathArgument,
+    again: AgainArgument = "",
+    *,
+    unproven: UnprovenOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Delete a checkpoint for good, through enforcement: guards, a replica that is read back, the journal."""
+    _remove(context, path, again, seconds=None, unproven=unproven, action="delete", as_json=json)
+
+
+@app.command(name="set-ttl")
+def set_ttl(
+    context: typer.Context,
+    path: PathArgument,
+    ttl: Annotated[str, typer.Argument(help="How long from now: 12h, 30d, seconds as a number; `none`: for ever.")],
+    again: AgainArgument = "",
+    *,
+    unproven: UnprovenOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Give a checkpoint another time to live. A shorter one counts as a delete: the same guards and proof."""
+    from tinker_sync.config import LEAST_TTL, MOST_TTL, parse_duration  # noqa: PLC0415
+    from tinker_sync.errors import FixFirst  # noqa: PLC0415
+
+    seconds: int | None = None
+    if ttl != "none":
+        try:
+            wanted = parse_duration(f"{ttl}s" if ttl.isdigit() else ttl)
+        except ValueError as error:
+            raise FixFirst(str(error)) from error
+        if not LEAST_TTL <= wanted <= MOST_TTL:
+            message = f"a TTL is 1h to 3650d, or none; {ttl} is not"
+            raise FixFirst(message)
+        seconds = int(wanted.total_seconds())
+    _remove(context, path, again, seconds=seconds, unproven=unproven, action="set-ttl", as_json=json)
+
+
+def _remove(
+    context: typer.Context, text: str, again: str, *, seconds: int | None, unproven: bool, action: str, as_json: bool
+) -> None:
+    from tinker_sync.cli import retain  # noqa: PLC0415
+    from tinker_sync.cli.app import load_with_logs, parse_path, run_async  # noqa: PLC0415
+    from tinker_sync.errors import FixFirst  # noqa: PLC0415
+
+    path = parse_path(text)
+    settings = load_with_logs(context, default_level="warning")
+    if unproven:
+        if not again:
+            render.warn(f"This is done without proof of a copy, and cannot be undone. Type the path again ({path}):")
+            again = sys.stdin.readline().strip()
+        if again != str(path):
+            message = "the path typed again is another one: nothing was done"
+            raise FixFirst(message)
+    elif again:
+        message = "the path is typed again only with --unproven"
+        raise FixFirst(message)
+    run_async(retain.remove(settings, path, seconds=seconds, unproven=unproven, action=action, as_json=as_json))
 
 
 async def _unless_so(call: Awaitable[None]) -> None:

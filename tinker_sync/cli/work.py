@@ -26,12 +26,16 @@ if TYPE_CHECKING:
     from tinker_sync.catalog.store import SqlCatalog
     from tinker_sync.config import Settings
     from tinker_sync.destination.local import LocalTree
+    from tinker_sync.enforcement import Enforced
     from tinker_sync.model.paths import TinkerPath
     from tinker_sync.model.work import Replica
     from tinker_sync.passes import PassResult
     from tinker_sync.ports import Reporter
     from tinker_sync.scrub import ScrubResult
     from tinker_sync.wiring import Service
+
+
+_SHOWN = 40
 
 
 async def sync(settings: Settings, reporter: Reporter, *, as_json: bool) -> int:
@@ -85,9 +89,47 @@ def _tell(result: PassResult, *, as_json: bool) -> int:
         render.say(f"  failed {path}: {error}{again}")
     for doubt in result.doubts:
         render.say(f"  the listing is unproven: {doubt}")
+    tell_enforced(result.enforced, applied=False)
     if result.service_error is not None:
         render.warn(f"tinker-sync: {result.service_error}")
     return result.exit_code
+
+
+def tell_enforced(done: Enforced, *, applied: bool) -> None:
+    """What enforcement did; without `applied`, nothing where there was nothing to do."""
+    counts = {
+        "deleted upstream": len(done.deleted),
+        "left to expire": len(done.expired),
+        "given their former expiry back": len(done.restored),
+        "given longer to live": len(done.extended),
+        "moved to the trash": len(done.trashed),
+        "deleted from the trash": done.emptied,
+    }
+    told = ", ".join(f"{number} {what}" for what, number in counts.items() if number)
+    if told or applied:
+        render.say(told or "nothing to let go")
+    elif done.due_remote or done.due_local:
+        render.say(
+            f"retention would let {done.due_remote} go upstream and {done.due_local} here: see `tinker-sync plan`; "
+            "[retention] enforce is off"
+        )
+    for path in (*done.deleted, *done.expired, *done.restored)[:_SHOWN]:
+        render.say(f"  {path}")
+    for path, why in sorted(done.withheld.items())[:_SHOWN]:
+        render.say(f"  kept {path}: {why}")
+    for path, error in sorted(done.failed.items())[:_SHOWN]:
+        render.say(f"  failed {path}: {error}")
+    if done.over_bytes:
+        render.say(f"[mirror] max_bytes is exceeded by {render.size(done.over_bytes)} that must stay: copying stops")
+    if done.breaker is not None:
+        tripped = done.breaker
+        render.say(
+            f"BREAKER: {tripped.deletes} deletes of {tripped.listed} listed are over max_deletes = "
+            f"{tripped.max_deletes} or max_delete_fraction = {tripped.max_delete_fraction}: none happened. Look at "
+            f"`tinker-sync plan`; if they are meant: `tinker-sync prune --apply --allow {tripped.deletes}`"
+        )
+    if done.stopped is not None:
+        render.say(f"STOPPED: {done.stopped}; look into it, then `tinker-sync resume`")
 
 
 async def verify(settings: Settings, paths: Sequence[TinkerPath], *, repair: bool, as_json: bool) -> int:

@@ -15,7 +15,8 @@ import shutil
 import stat
 import threading
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -33,14 +34,13 @@ from tinker_sync.errors import DiskTrouble, TransferFailed
 from tinker_sync.model.documents import json_bytes
 from tinker_sync.model.evidence import Defect, Kind
 from tinker_sync.model.manifest import Manifest, ManifestInvalid
-from tinker_sync.model.moments import compact, parse_time, rfc3339
+from tinker_sync.model.moments import UNKNOWN_TIME, compact, parse_time, rfc3339
 from tinker_sync.model.names import decode_component, encode_component, hashed_component, is_superseded, superseded_name
 from tinker_sync.model.paths import MANIFEST_NAME, TinkerPath
-from tinker_sync.model.work import Committed, Damage, Failure, Replica, Trouble
+from tinker_sync.model.work import Committed, Damage, Failure, ReadBack, Replica, Trashed, Trouble
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
-    from datetime import datetime
 
     from tinker_sync.destination.space import Reservation, SpaceLedger
     from tinker_sync.model.checkpoint import Identity
@@ -50,6 +50,8 @@ RUN_FILE: Final = "run.json"
 _PAYLOAD: Final = "payload"
 _OLD: Final = "replaced"
 _NOTES: Final = "defects.json"
+_PART: Final = ".part"
+"""Ends the name of a trash entry that is being deleted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +68,22 @@ class TreeOptions:
 class LocalTree:
     """A `Destination`. Thread-safe: stages are independent, the final renames take turns."""
 
-    def __init__(self, root: Path, options: TreeOptions, space: SpaceLedger, now: Callable[[], datetime]) -> None:
+    def __init__(
+        self,
+        root: Path,
+        options: TreeOptions,
+        space: SpaceLedger,
+        now: Callable[[], datetime],
+        trashed: Callable[[Trashed, str], None] = lambda _, __: None,
+    ) -> None:
+        """`trashed` hears what goes by itself: (entry, `keep_superseded`) into the trash, (entry, `min_free`) out."""
         self.root = root
         self._options = options
         self._space = space
         self.now = now
+        self._trashed = trashed
+        self._emptying = threading.Lock()
+        space.reclaim = self._reclaim
         self._renames = threading.Lock()
         self._durable: set[Path] = set()
         """Directories whose own names are durable already: their parents need no fsync for them again."""
@@ -100,8 +113,21 @@ class LocalTree:
         return LocalStage(self, path, home, reservation)
 
     def room_for(self, size: int) -> bool:
-        """Whether that many more bytes would fit now."""
+        """Whether that many more bytes would fit now; the trash is emptied for them if that helps."""
         return self._space.fits(size)
+
+    def _reclaim(self, missing: int) -> bool:
+        """Before a transfer is refused for space, the trash is emptied, oldest first; not when that cannot help."""
+        with self._emptying:
+            there = self.trashed()
+            if not there or sum(item.total_bytes for item in there) < missing:
+                return False
+            try:
+                self.empty(there[0].entry)
+            except TransferFailed:
+                return False
+            self._trashed(there[0], "min_free")
+            return True
 
     def recover(self) -> list[Committed]:
         """Put right what a dead process left: finish whole stages, remove the others. Needs the lock.
@@ -117,7 +143,7 @@ class LocalTree:
                     with suppress(TransferFailed):
                         committed.append(self.place(base, manifest, home, repairs=True))
                 _remove_tree(home)
-            for leftover in self.area("trash").glob("*.part"):
+            for leftover in self.area("trash").glob(f"*{_PART}"):
                 _remove_tree(leftover)
         return committed
 
@@ -162,24 +188,86 @@ class LocalTree:
             look = self._look(final) if final.is_dir() and not final.is_symlink() else None
         if not isinstance(look, Replica) or look.path != path:
             return None
-        versions = (self._look(other) for other in _subdirectories(parent) if other.name.startswith(f"{final.name}@"))
-        return Committed(look, tuple(version for version in versions if isinstance(version, Replica)))
+        return Committed(look, self._superseded(final))
 
     def manifest(self, directory: str) -> Manifest:
         """A replica's manifest, unproven. Raises OSError, ManifestInvalid."""
         return read_manifest(self.root / directory)[0]
 
-    def read(self, directory: str, advanced: Callable[[int], None] = lambda _: None) -> tuple[Manifest, list[Defect]]:
-        """Read a replica back: its manifest and every defect.
-
-        Raises FileNotFoundError when it is not there, ManifestInvalid when its manifest cannot be read.
-        """
+    def read(self, directory: str, advanced: Callable[[int], None] = lambda _: None) -> ReadBack:
+        """Read a replica back from the disk. Raises nothing for what is on the disk: defects tell."""
         path = self.root / directory
         try:
-            manifest, _ = read_manifest(path)
-        except NotADirectoryError as error:
-            raise FileNotFoundError(str(path)) from error
-        return manifest, check_replica(path, manifest, advanced)
+            manifest, digest = read_manifest(path)
+        except (FileNotFoundError, NotADirectoryError):
+            missing = Defect(Kind.CONTENT, "the directory or its manifest is missing", MANIFEST_NAME)
+            return ReadBack(None, "", (missing,))
+        except (OSError, ManifestInvalid) as error:
+            return ReadBack(None, "", (Defect(Kind.CONTENT, str(error), MANIFEST_NAME),))
+        return ReadBack(manifest, digest, tuple(check_replica(path, manifest, advanced)))
+
+    def retire(self, directory: str) -> str:
+        """Move a replica to the trash; returns the entry's name. Raises NoSpace, DiskTrouble."""
+        with self._renames, disk_errors("cannot move to the trash:", self.root / directory):
+            return self._to_trash(self.root / directory)
+
+    def trashed(self) -> tuple[Trashed, ...]:
+        """What is in the trash, oldest first."""
+        area = self.root / STATE_DIRECTORY / "trash"
+        return tuple(
+            _as_trashed(home)
+            for home in _subdirectories(area)
+            if not home.name.endswith(_PART) and _trashed_at(home.name) is not None
+        )
+
+    def restore(self, entry: str) -> Committed:
+        """Give a trashed replica its name back, or one beside it where another object has that name now.
+
+        Raises NoSpace, DiskTrouble; FileNotFoundError when there is no such entry.
+        """
+        home = self.root / STATE_DIRECTORY / "trash" / entry
+        if "/" in entry or _trashed_at(entry) is None or not home.is_dir():
+            raise FileNotFoundError(entry)
+        try:
+            manifest, _ = read_manifest(home)
+        except (OSError, ManifestInvalid) as error:
+            message = f"{home} cannot be restored: {error}"
+            raise DiskTrouble(message) from error
+        with disk_errors("cannot restore", home):
+            there = self.find(manifest.tinker_path)
+            if there is None:
+                return self.place(home, manifest, home, repairs=False)
+            if there.replica.identity.matches(manifest.identity):
+                message = f"{manifest.tinker_path} is here already, whole: nothing was restored"
+                raise DiskTrouble(message)
+            with self._renames:
+                final = self.root / there.replica.directory
+                aside = final.with_name(superseded_name(final.name, manifest.time))
+                if os.path.lexists(aside):
+                    aside = aside.with_name(f"{aside.name}-{os.urandom(4).hex()}")
+                os.rename(home, aside)
+                fsync_directory(aside.parent)
+        return Committed(there.replica, self._superseded(final))
+
+    def empty(self, entry: str) -> None:
+        """Delete a trashed replica for good. Raises DiskTrouble."""
+        area = self.area("trash")
+        part = area / f"{entry}{_PART}"
+        with disk_errors("cannot empty", area / entry):
+            os.rename(area / entry, part)
+        _remove_tree(part)
+
+    def _to_trash(self, path: Path) -> str:
+        entry = f"{compact(self.now())}-{os.urandom(6).hex()}"
+        area = self.area("trash")
+        os.rename(path, area / entry)
+        fsync_directory(path.parent)
+        fsync_directory(area)
+        return entry
+
+    def _superseded(self, final: Path) -> tuple[Replica, ...]:
+        versions = (path for path in _subdirectories(final.parent) if path.name.startswith(f"{final.name}@"))
+        return tuple(look for look in map(self._look, versions) if isinstance(look, Replica))
 
     def list(self) -> Iterator[Replica | Damage]:
         """Every replica in the tree, from the manifests, in the order of their names."""
@@ -274,6 +362,7 @@ class LocalTree:
             verified_at=manifest.committed_at,
             manifest_sha256=digest,
             expires_at=manifest.expires_at,
+            first_expires_at=manifest.first_expires_at,
             superseded=superseded,
             user_metadata=manifest.user_metadata,
         )
@@ -342,9 +431,9 @@ class LocalTree:
         versions = sorted(path for path in _subdirectories(parent) if path.name.startswith(f"{name}@"))
         surplus = max(0, len(versions) - self._options.keep_superseded)
         for path in versions[:surplus]:
-            os.rename(path, self.area("trash") / f"{compact(self.now())}-{os.urandom(6).hex()}")
-        looks = (self._look(path) for path in versions[surplus:])
-        return tuple(look for look in looks if isinstance(look, Replica))
+            trashed = _as_trashed(path)
+            self._trashed(replace(trashed, entry=self._to_trash(path)), "keep_superseded")
+        return self._superseded(parent / name)
 
     def _point_latest(self, manifest: Manifest, final: Path) -> None:
         key = (str(final.parent.parent), manifest.checkpoint_type)
@@ -443,6 +532,23 @@ class LocalStage:
         self._open.clear()
         self._space.release()
         _remove_tree(self._home)
+
+
+def _trashed_at(entry: str) -> datetime | None:
+    """When an entry went into the trash; None for a name that is no entry's."""
+    try:
+        return datetime.strptime(entry[:16], "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC)
+    except ValueError:
+        return None
+
+
+def _as_trashed(home: Path) -> Trashed:
+    at = _trashed_at(home.name) or UNKNOWN_TIME
+    try:
+        manifest, _ = read_manifest(home)
+    except (OSError, ManifestInvalid):
+        return Trashed(home.name, None, None, at, 0)
+    return Trashed(home.name, manifest.tinker_path, manifest.time, at, manifest.total_bytes)
 
 
 def _fsync_directories(base: Path) -> None:

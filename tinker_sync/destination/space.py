@@ -50,6 +50,8 @@ class SpaceLedger:
         self._root = root
         self._min_free = min_free
         self._free = free
+        self.reclaim: Callable[[int], bool] = lambda _: False
+        """Asked to free so many bytes before a transfer is refused; True when it freed some and may be asked again."""
         self._reserved = 0
         self._lock = threading.Lock()
 
@@ -57,7 +59,7 @@ class SpaceLedger:
         """Set `expected` bytes aside. Raises NoSpace when they would not fit above `min_free`."""
         wanted = expected or 0
         with self._lock:
-            free = self._free(self._root)
+            free = self._with_room(self._reserved + wanted)
             left = free - self._reserved - wanted
             if left < self._min_free:
                 running = f", {self._reserved:,} reserved by running transfers" if self._reserved else ""
@@ -73,17 +75,24 @@ class SpaceLedger:
     def fits(self, expected: int) -> bool:
         """Whether `reserve` would accept so much now."""
         with self._lock:
-            return self._free(self._root) - self._reserved - expected >= self._min_free
+            return self._with_room(self._reserved + expected) - self._reserved - expected >= self._min_free
 
     def check(self) -> None:
         """Raises NoSpace when the filesystem fell below `min_free` while a transfer was writing."""
-        free = self._free(self._root)
+        free = self._with_room(0)
         if free < self._min_free:
             message = (
                 f"no space: {free:,} bytes free below {self._root}, [mirror] min_free is {self._min_free:,}. "
                 "Free space there, or lower min_free"
             )
             raise NoSpace(message)
+
+    def _with_room(self, wanted: int) -> int:
+        """Free bytes, after reclaiming what is needed for `wanted` where that can be had."""
+        free = self._free(self._root)
+        while free - wanted < self._min_free and self.reclaim(self._min_free + wanted - free):
+            free = self._free(self._root)
+        return free
 
     def give_back(self, size: int) -> None:
         """Part of a reservation is written or not needed."""

@@ -51,6 +51,8 @@ class Manifest:
     size_bytes: int | None = None
     """As listed; not the sum of the files."""
     expires_at: datetime | None = None
+    first_expires_at: datetime | None = None
+    """The first one that was seen; it tells a rolling save when its original is long gone."""
     public: bool = False
     user_metadata: Mapping[str, str] | None = None
     training_run: Mapping[str, object] | None = None
@@ -80,6 +82,7 @@ class Manifest:
             "time": rfc3339(self.time),
             "size_bytes": self.size_bytes,
             "expires_at": None if self.expires_at is None else rfc3339(self.expires_at),
+            "first_expires_at": None if self.first_expires_at is None else rfc3339(self.first_expires_at),
             "public": self.public,
             "user_metadata": None if self.user_metadata is None else dict(self.user_metadata),
             "training_run": None if self.training_run is None else dict(self.training_run),
@@ -117,6 +120,7 @@ class Manifest:
             for entry in document["files"]
         )
         expires = document.get("expires_at")
+        first = document.get("first_expires_at", expires)
         size = document.get("size_bytes")
         return cls(
             tinker_path=TinkerPath.parse(document["tinker_path"]),
@@ -129,6 +133,7 @@ class Manifest:
             tool_version=str(document.get("tool_version", "")),
             size_bytes=None if size is None else int(size),
             expires_at=None if expires is None else parse_time(expires),
+            first_expires_at=None if first is None else parse_time(first),
             public=bool(document.get("public", False)),
             user_metadata=document.get("user_metadata"),
             training_run=document.get("training_run"),

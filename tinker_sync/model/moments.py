@@ -7,6 +7,9 @@ from datetime import UTC, datetime, timedelta
 UNKNOWN_TIME = datetime(1970, 1, 1, tzinfo=UTC)
 """Stands where the service gave no usable time. It sorts as the oldest and matches itself."""
 
+FAR_FUTURE = datetime(9999, 1, 1, tzinfo=UTC)
+"""Stands for an expiry that is there and cannot be read: some day, which is not never."""
+
 _EPOCH = UNKNOWN_TIME
 
 

@@ -61,7 +61,9 @@ class TinkerPath:
 
     @property
     def checkpoint_type(self) -> str:
-        """`training`, `sampler`, `external`; for a segment that we do not know, the segment itself."""
+        """`training`, `sampler`, `external`; for a segment that we do not know, the segment itself, marked if need be."""
+        if self.segment in SEGMENT_OF_TYPE:  # a segment that is called like a type is none of that type
+            return f"{self.segment}?"
         return TYPE_OF_SEGMENT.get(self.segment, self.segment)
 
     @property

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from tinker_sync.model.evidence import Defect
+    from tinker_sync.model.manifest import Manifest
     from tinker_sync.model.paths import TinkerPath
 
 
@@ -26,6 +27,8 @@ class Transfer:
     priority: int
     """Absolute, lower first; made from the deadline by `planning.priority`."""
     expires_at: datetime | None = None
+    first_expires_at: datetime | None = None
+    """The first `expires_at` that was seen for it: its life at birth, whatever TTL it was given since."""
 
     @property
     def identity(self) -> Identity:
@@ -52,6 +55,7 @@ class Replica:
     """When its bytes were last read back, or written."""
     manifest_sha256: str
     expires_at: datetime | None = None
+    first_expires_at: datetime | None = None
     superseded: bool = False
     user_metadata: Mapping[str, str] | None = None
     damaged: tuple[str, ...] = ()
@@ -61,6 +65,29 @@ class Replica:
     def identity(self) -> Identity:
         """Which object upstream this is a copy of."""
         return Identity(self.path, self.time.replace(microsecond=0), self.size_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class ReadBack:
+    """What reading a replica from the disk brought."""
+
+    manifest: Manifest | None
+    """None when it is missing or cannot be read; then `defects` says so."""
+    manifest_sha256: str
+    defects: tuple[Defect, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Trashed:
+    """What local retention let go: still whole, below `trash/`, until its time is over."""
+
+    entry: str
+    """The name of its directory in the trash."""
+    path: TinkerPath | None
+    """None when its manifest cannot be read."""
+    time: datetime | None
+    trashed_at: datetime
+    total_bytes: int
 
 
 class Trouble(Enum):

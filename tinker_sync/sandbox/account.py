@@ -37,6 +37,8 @@ class SandboxCheckpoint:
     user_metadata: dict[str, str] | None = None
     size_bytes: int | None = None
     built_at: float | None = None
+    destroyed: bool = False
+    """Listed, but its bytes are gone."""
 
 
 @dataclass(slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-Where = Literal["list", "archive", "storage", "urls", "delete", "any"]
+Where = Literal["list", "run", "archive", "storage", "urls", "delete", "deleted", "ttl", "any"]
 Kind = Literal[
     "status",
     "cut",
@@ -76,3 +76,11 @@ class Quirks:
     ranges: bool = True
     digests: bool = True
     no_config_route: bool = False
+    delete_takes_twin: bool = False
+    """Both types of a name share a directory, as in TuFT: deleting one destroys both."""
+    twin_stays_listed: bool = False
+    """With `delete_takes_twin`: the destroyed twin is still listed, its archive is 500."""
+    delete_forgets: bool = False
+    """A delete answers 204 and does nothing."""
+    no_ttl: bool = False
+    """TTLs are 405."""

@@ -68,6 +68,7 @@ class Sandbox:
         try:
             for handler, wanted in ((self._api, port), (self._storage, 0)):
                 app = web.Application(client_max_size=1 << 30)
+                app.on_response_prepare.append(self._date)
                 app.router.add_route("*", r"/{rest:[\s\S]*}", _unless_left(handler))
                 runner = web.AppRunner(
                     app, access_log=None, handle_signals=False, handler_cancellation=True, shutdown_timeout=0.05
@@ -81,6 +82,12 @@ class Sandbox:
         finally:
             for runner in runners:
                 await runner.cleanup()
+
+    async def _date(self, _: web.Request, response: web.StreamResponse) -> None:
+        """Answers are dated by the account's clock."""
+        response.headers["Date"] = format_datetime(
+            self.account.now().astimezone(UTC).replace(microsecond=0), usegmt=True
+        )
 
     def _fault(self, where: Where, subject: str) -> Fault | None:
         return next((fault for fault in self.faults if fault.applies(where, subject)), None)
@@ -293,6 +300,9 @@ class Sandbox:
     def _list_run(self, run: str) -> web.StreamResponse:
         if run not in self.account.runs:
             return _problem(404, "no such run")
+        fault = self._fault("run", run)
+        if fault is not None:
+            return _problem(fault.status, "told to fail")
         rows = [row for row in self.account.living() if row.path.run_id == run]
         return web.json_response({"checkpoints": [self._checkpoint_json(row) for row in rows], "cursor": None})
 
@@ -335,12 +345,19 @@ class Sandbox:
         identity = rest[:-1] if action else rest
         checkpoint = self._named(run, identity, for_archive=action == "archive")
         subject = f"{run}/{'/'.join(identity)}"
-        where: dict[str, Where] = {"archive": "archive", "external_weights_urls": "urls", "": "delete"}
+        where: dict[str, Where] = {
+            "archive": "archive",
+            "external_weights_urls": "urls",
+            "": "delete",
+            "ttl": "ttl",
+        }
         fault = self._fault(where[action], subject) if action in where else None
         if fault is not None:
             return await self._spoil(request, fault)
         if action == "archive" and self.quirks.no_archives:
             return _problem(self.quirks.no_archives, "checkpoint archives are no longer offered")
+        if checkpoint is not None and checkpoint.destroyed:
+            return _problem(500, "its files are gone")
         if checkpoint is None:
             return _problem(405 if self.quirks.bare_ids and len(identity) == 2 else 404, "no such checkpoint")
         match method, action:
@@ -349,9 +366,10 @@ class Sandbox:
             case "GET", "external_weights_urls":
                 return self._external_urls(checkpoint)
             case "DELETE", "":
-                del self.account.checkpoints[checkpoint.path]
-                self.account.deleted.append(checkpoint.path)
-                return web.Response(status=204)
+                if not self.quirks.delete_forgets:
+                    self._delete(checkpoint)
+                fault = self._fault("deleted", subject)
+                return web.Response(status=204) if fault is None else await self._spoil(request, fault)
             case (("POST" | "DELETE"), "publish"):
                 wanted = method == "POST"
                 if checkpoint.public == wanted:
@@ -359,9 +377,24 @@ class Sandbox:
                 checkpoint.public = wanted
                 return web.Response(status=204)
             case "PUT", "ttl":
+                if self.quirks.no_ttl:
+                    return _problem(405, "Method Not Allowed")
                 return self._set_ttl(checkpoint, body)
             case _:
                 return _problem(405, "Method Not Allowed")
+
+    def _delete(self, checkpoint: SandboxCheckpoint) -> None:
+        account = self.account
+        del account.checkpoints[checkpoint.path]
+        account.deleted.append(checkpoint.path)
+        if not self.quirks.delete_takes_twin:
+            return
+        run, name = checkpoint.path.run_id, checkpoint.path.name
+        for other in [path for path in account.checkpoints if (path.run_id, path.name) == (run, name)]:
+            if self.quirks.twin_stays_listed:
+                account.checkpoints[other].destroyed = True
+            else:
+                del account.checkpoints[other]
 
     def _named(self, run: str, identity: list[str], *, for_archive: bool) -> SandboxCheckpoint | None:
         if len(identity) == 2 and not (self.quirks.bare_ids and for_archive):

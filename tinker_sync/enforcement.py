@@ -1,0 +1,877 @@
+"""Carries out what retention decided, after proof. It alone holds the capability to delete.
+
+**A remote delete**, in one pass: a proven listing; the verdict stood for `grace`; the replicas of the run's batch read
+back from disk; one look at the run, at most 60 s old, that shows the same object and by which the verdict still
+stands; then, one by one, pins, stop flag, the intent durable in the journal, DELETE, the outcome. The next listing
+confirms it, and whatever else that run has lost meanwhile stops enforcement.
+
+It decides nothing by itself (`retention` does), and what it cannot prove it leaves alone: one damaged or missing
+replica stops nothing but its own delete.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
+
+import structlog
+
+from tinker_sync.errors import (
+    BillingBlocked,
+    NotFound,
+    RequestRefused,
+    ServiceTrouble,
+    TinkerSyncError,
+)
+from tinker_sync.integrity import judge_proof
+from tinker_sync.inventory import Decision, Holdings, decide, make_members, pin_matcher, unexplained
+from tinker_sync.model.checkpoint import Listing
+from tinker_sync.model.deeds import OPEN, object_facts
+from tinker_sync.model.moments import rfc3339
+from tinker_sync.retention import Policy, duration, not_worth_copying, plan_retention
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from concurrent.futures import Executor
+    from datetime import datetime
+
+    from tinker_sync.model.checkpoint import Checkpoint, Sighting
+    from tinker_sync.model.deeds import Deed
+    from tinker_sync.model.evidence import Defect
+    from tinker_sync.model.paths import TinkerPath
+    from tinker_sync.model.work import ReadBack, Replica
+    from tinker_sync.ports import Account, Catalog, Clock, Destination, Journal, Remover, Safeguards
+    from tinker_sync.retention import Breaker, Member, Reason, RetentionRules, Verdict
+
+T = TypeVar("T")
+log = structlog.get_logger()
+
+LOOK_HOLDS: Final = 60.0
+"""Seconds; an older look at a run is taken again before a delete."""
+SHRUNK_AGAIN: Final = 30.0
+"""Seconds after which a listing that lost too much is taken again, and then believed."""
+REFUSED_FOR: Final = timedelta(hours=24)
+REREAD_EVERY: Final = timedelta(days=1)
+"""How often the replica of what runs out by our TTL is read again."""
+LAST_READ: Final = timedelta(hours=6)
+"""Before the end of our TTL; within it the replica is read once more."""
+TTL_LEAST: Final = 3600
+"""Seconds; the API takes no shorter one."""
+_SAME_MOMENT: Final = timedelta(seconds=2)
+
+
+@dataclass(frozen=True, slots=True)
+class EnforcementSettings:
+    """Plain arguments of enforcement."""
+
+    rules: RetentionRules
+    short_ttl: timedelta
+    by: str
+    """Which command it is, for the journal."""
+    max_shrink_fraction: float = 0.5
+    trash: timedelta = timedelta(days=7)
+    extend_ttl_max: timedelta = timedelta(days=14)
+    types_known_apart: bool = False
+    """Whether this is the official service, which keeps the types of a name apart."""
+    reads_at_once: int = 2
+
+
+@dataclass(slots=True)
+class Enforced:
+    """What came of it."""
+
+    due_remote: int = 0
+    due_local: int = 0
+    """Verdicts that let go, whether or not they were carried out."""
+    deleted: list[TinkerPath] = field(default_factory=list)
+    expired: list[TinkerPath] = field(default_factory=list)
+    """Put under a TTL of ours."""
+    restored: list[TinkerPath] = field(default_factory=list)
+    """Given back the expiry that they had before."""
+    extended: list[TinkerPath] = field(default_factory=list)
+    trashed: list[TinkerPath] = field(default_factory=list)
+    emptied: int = 0
+    withheld: dict[TinkerPath, str] = field(default_factory=dict)
+    """Could have gone, and did not: what proof or what time is missing."""
+    failed: dict[TinkerPath, str] = field(default_factory=dict)
+    breaker: Breaker | None = None
+    stopped: str | None = None
+    over_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Allowance:
+    """What local retention leaves to transfers."""
+
+    spare: Mapping[TinkerPath, Reason] = field(default_factory=dict)
+    """What would be let go here at once, and why: not worth copying."""
+    bytes: int | None = None
+    """How much more `max_bytes` allows; None without a limit."""
+
+
+class _Stopped(Exception):
+    """Nobody waits for the rest of what is being read."""
+
+
+class _Halt(Exception):
+    """The stop flag was set: nothing more happens in this pass."""
+
+
+@dataclass(slots=True)
+class _Look:
+    """What a run showed, and when."""
+
+    rows: Mapping[TinkerPath, Checkpoint]
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Case:
+    """One delete that is to happen, with its proof."""
+
+    verdict: Verdict
+    member: Member
+    row: Checkpoint
+    replica: Replica | None
+    read: ReadBack | None
+    unproven: bool = False
+
+
+class Enforcer:
+    """Enforces retention for one account and one root. One pass at a time."""
+
+    def __init__(
+        self,
+        *,
+        account: Account,
+        remover: Remover,
+        destination: Destination,
+        catalog: Catalog,
+        journal: Journal,
+        safeguards: Safeguards,
+        clock: Clock,
+        readers: Executor,
+        indexer: Executor,
+        settings: EnforcementSettings,
+    ) -> None:
+        self._account = account
+        self._remover = remover
+        self._destination = destination
+        self._catalog = catalog
+        self._journal = journal
+        self._safeguards = safeguards
+        self._clock = clock
+        self._readers = readers
+        self._indexer = indexer
+        self._settings = settings
+        self._apart: bool | None = None
+        self._by_hand = False
+        self.result = Enforced()
+
+    # Listing
+
+    async def survey(self) -> Listing | Sighting:
+        """List the account, record it, and settle what earlier deeds came to.
+
+        Raises ServiceTrouble when not even one page could be read.
+        """
+        found = await self._account.list()
+        if isinstance(found, Listing) and await self._index(partial(self._shrank, found)):
+            log.warning("listing.shrank", listed=len(found.checkpoints), again_in=SHRUNK_AGAIN)
+            await self._clock.sleep(SHRUNK_AGAIN)
+            found = await self._account.list()
+        complete = isinstance(found, Listing)
+        observing = partial(self._catalog.observe, found.checkpoints, found.seen_at, complete=complete)
+        gone = await self._index(observing)
+        if isinstance(found, Listing):
+            await self._settle(found, gone)
+        return found
+
+    def _shrank(self, found: Listing) -> bool:
+        before = self._catalog.counts()["upstream"]
+        if before == 0 or len(found.checkpoints) >= before:
+            return False
+        shown = {row.path for row in found.checkpoints}
+        gone = [row for row in self._catalog.listed() if row.path not in shown]
+        holdings = Holdings(known=self._catalog.known(), deeds=self._catalog.deeds())
+        lost = unexplained(gone, holdings, now=self._clock.now(), short_ttl=self._settings.short_ttl)
+        return len(lost) > self._settings.max_shrink_fraction * before
+
+    async def _settle(self, listing: Listing, gone: Sequence[Checkpoint]) -> None:
+        """Confirm what was done by what is listed now; find what went besides."""
+        rows: dict[TinkerPath, Checkpoint] | None = None
+        touched: set[str] = set()
+        for deed in await self._index(self._catalog.unsettled_deeds):
+            if rows is None:
+                rows = {row.path: row for row in listing.checkpoints}
+            row = rows.get(deed.path)
+            same = row is not None and deed.concerns(row)
+            if deed.state in OPEN:
+                await self._resolve(deed)
+                touched.add(deed.path.run_id)
+            elif deed.state == "deleted":
+                touched.add(deed.path.run_id)
+                if not same:
+                    await self._note("delete.confirmed", _of(deed), listed_at=rfc3339(listing.seen_at))
+            elif deed.state == "under-ttl":
+                await self._settle_ttl(deed, row if same else None, row, listing)
+        if gone and touched:
+            await self._look_for_losses([row for row in gone if row.path.run_id in touched])
+
+    async def _settle_ttl(self, deed: Deed, row: Checkpoint | None, other: Checkpoint | None, listing: Listing) -> None:
+        """A TTL that we set, by the listing: running, run out, changed by somebody, or on an overwritten path."""
+        ours = deed.action in ("expire", "set-ttl")
+        if row is not None:
+            if deed.detail != "seen" and row.expires_at is not None:
+                await self._note("ttl.confirmed", _of(deed), ends_at=rfc3339(row.expires_at))
+            elif row.expires_at is None or not _same(row.expires_at, deed.ends_at):
+                await self._note("ttl.over", _of(deed), answer="its expiry was changed by somebody else")
+        elif other is not None:
+            if ours and _same(other.expires_at, deed.ends_at):
+                await self._restore(other, deed, "the path was overwritten and kept our TTL")
+            else:
+                await self._note("ttl.over", _of(deed), answer="the path was overwritten")
+        elif ours:
+            await self._note("delete.confirmed", _of(deed), listed_at=rfc3339(listing.seen_at), answer="expired")
+        else:
+            await self._note("ttl.over", _of(deed), answer="expired")
+
+    async def _look_for_losses(self, gone: Sequence[Checkpoint]) -> None:
+        """A delete that took something else with it stops everything until a person has looked."""
+        deeds = await self._index(self._catalog.deeds)
+        lost = unexplained(gone, Holdings(deeds=deeds), now=self._clock.now(), short_ttl=self._settings.short_ttl)
+        if lost:
+            names = ", ".join(str(row.path) for row in lost[:5])
+            await self._stop(f"beside what was deleted, this is gone too and nothing explains it: {names}", lost)
+
+    async def _stop(self, reason: str, lost: Iterable[Checkpoint]) -> None:
+        await self._index(partial(self._safeguards.stop, reason, self._clock.now()))
+        await self._note("enforcement.stopped", {}, reason=reason, lost=[str(row.path) for row in lost])
+        self.result.stopped = reason
+        log.error("enforcement.stopped", reason=reason)
+
+    async def _resolve(self, deed: Deed) -> None:
+        """An intent without an outcome: a crash, or a lost answer. Looking tells what came of it."""
+        try:
+            rows = {row.path: row for row in await self._account.look(deed.path.run_id)}
+        except NotFound:
+            rows = {}
+        except (RequestRefused, ServiceTrouble) as error:
+            log.warning("deed.unresolved", checkpoint=str(deed.path), error=str(error))
+            return
+        row = rows.get(deed.path)
+        event = "delete.outcome" if deed.state == "deleting" else "ttl.outcome"
+        await self._note(event, _of(deed), outcome=_found(deed, row), answer="found by looking")
+
+    # Deciding
+
+    async def decide(
+        self, found: Listing | Sighting, *, allow: int | None = None, rules: RetentionRules | None = None
+    ) -> Decision:
+        """What may go by what was shown, now."""
+        now = self._clock.now()
+        complete = isinstance(found, Listing)
+        return await self._index(
+            lambda: decide(
+                found.checkpoints,
+                self._holdings(),
+                rules or self._settings.rules,
+                now=now,
+                complete=complete,
+                short_ttl=self._settings.short_ttl,
+                allow=allow,
+            )
+        )
+
+    async def allowance(self, found: Listing | Sighting, *, apply: bool) -> Allowance:
+        """What of the listed is worth copying at all, and how many bytes more there may be here."""
+        rules = self._settings.rules
+        if not rules.local and not rules.max_bytes:
+            return Allowance()
+        now, short_ttl = self._clock.now(), self._settings.short_ttl
+
+        def work() -> Allowance:
+            holdings = self._holdings()
+            chosen = holdings.rules(rules)
+            members = make_members(found.checkpoints, holdings, now=now, short_ttl=short_ttl)
+            spare = not_worth_copying(members, chosen, now=now, other_bytes=holdings.other_bytes)
+            if not rules.max_bytes:
+                return Allowance(spare)
+            plan = plan_retention(members, chosen, now=now, complete=True, other_bytes=holdings.other_bytes)
+            weight = holdings.other_bytes + sum(
+                member.replica.total_bytes for member in members if member.replica is not None
+            )
+            return Allowance(spare, max(0, rules.max_bytes - (plan.least_bytes if apply else weight)))
+
+        return await self._index(work)
+
+    def _holdings(self) -> Holdings:
+        rules = self._settings.rules
+        by_model = any(policy.base_model is not None for policy in (*rules.remote, *rules.local))
+        return Holdings(
+            known=self._catalog.known(),
+            deeds=self._catalog.deeds(),
+            pins=self._safeguards.pins(),
+            base_models=self._destination.base_models() if by_model else {},
+            other_bytes=self._catalog.other_bytes(),
+            types_apart=self._catalog.types_apart() is True,
+        )
+
+    # Enforcing
+
+    async def enforce(self, found: Listing | Sighting, *, apply: bool, allow: int | None = None) -> Enforced:
+        """Decide by this listing, and with `apply` carry it out. Over the breaker's limits none of it happens.
+
+        Without `apply` only the time is kept since which verdicts stand, and TTLs of ours whose verdict changed are
+        taken back. Raises ServiceTrouble, DiskTrouble, FixFirst.
+        """
+        decision = await self.decide(found, allow=allow)
+        plan, result = decision.plan, self.result
+        going = [verdict for verdict in plan.verdicts if verdict.action != "keep"]
+        result.due_remote = sum(1 for verdict in going if verdict.side == "remote")
+        result.due_local = len(going) - result.due_remote
+        result.over_bytes = plan.over_bytes
+        if not isinstance(found, Listing):
+            return result
+        now = self._clock.now()
+        standing = {v.path: decision.members[v.path].time for v in going if v.side == "remote"}
+        since = await self._index(partial(self._catalog.stand, standing, now))
+        stopped = await self._index(self._safeguards.stopped)
+        await self._watch(decision, stopped)
+        if stopped is not None:
+            result.stopped = stopped
+            return result
+        await self._empty_trash(now)
+        if not apply:
+            return result
+        if plan.breaker is not None:
+            result.breaker = plan.breaker
+            log.error("breaker.tripped", **plan.breaker.as_json())
+            return result
+        try:
+            await self._carry_out(decision, since, now)
+        except _Halt as halt:
+            result.stopped = str(halt)
+        await self._confirm()
+        return result
+
+    async def _confirm(self) -> None:
+        """After deletes, list again: it confirms them, and shows what else went. Trouble leaves that to the next pass."""
+        if self.result.deleted:
+            try:
+                await self.survey()
+            except ServiceTrouble as error:
+                log.warning("deletes.unconfirmed", error=str(error))
+
+    async def _carry_out(self, decision: Decision, since: Mapping[TinkerPath, datetime], now: datetime) -> None:
+        rules = self._settings.rules
+        remote: dict[str, list[Verdict]] = {}
+        local: dict[str, list[Verdict]] = {}
+        for verdict in decision.plan.permitted:
+            stood = now - since.get(verdict.path, now)
+            if verdict.side == "local":
+                local.setdefault(verdict.path.run_id, []).append(verdict)
+            elif verdict.action == "delete" and stood < rules.grace:
+                left = duration(rules.grace - timedelta(seconds=int(stood.total_seconds())))
+                self.result.withheld[verdict.path] = f"its verdict must stand for {duration(rules.grace)}: {left} left"
+            else:
+                remote.setdefault(verdict.path.run_id, []).append(verdict)
+        for run_id, verdicts in remote.items():
+            await self._remote_batch(run_id, [(verdict, decision.members[verdict.path]) for verdict in verdicts])
+        for run_id, verdicts in local.items():
+            await self._local_batch(run_id, [(verdict, decision.members[verdict.path]) for verdict in verdicts])
+
+    async def _remote_batch(self, run_id: str, batch: Sequence[tuple[Verdict, Member]]) -> None:
+        """Prove and let go what may go of one run: one look for all of it."""
+        cases = await self._prove(batch)
+        if not cases:
+            return
+        look = await self._look(run_id)
+        cases = await self._agreed(run_id, cases, look)
+        for twins in await self._with_twins(cases, look):
+            if self._clock.monotonic() - look.at > LOOK_HOLDS:
+                look = await self._look(run_id)
+            standing = [case for case in twins if self._still_there(case, look)]
+            if len(standing) != len(twins) and not await self._apart_now():
+                for case in standing:
+                    self.result.withheld[case.row.path] = "its twin of the other type cannot go, and may go with it"
+                continue
+            if len(standing) > 1:
+                await self._let_twins_go(standing)
+            elif standing:
+                await self._let_go(standing[0])
+
+    async def _prove(self, batch: Sequence[tuple[Verdict, Member]]) -> list[_Case]:
+        """Read the replicas back; the damaged ones are marked, and stop nothing but their own delete."""
+        found: list[_Case] = []
+        turn = asyncio.Semaphore(self._settings.reads_at_once)
+        halt = threading.Event()
+
+        def going_on(_: int) -> None:
+            if halt.is_set():
+                raise _Stopped
+
+        async def prove(verdict: Verdict, member: Member) -> None:
+            replica, row = member.replica, member.remote
+            if replica is None or row is None:
+                return
+            async with turn:
+                read = await self._read(replica, going_on)
+            defects = judge_proof(replica, read)
+            if defects:
+                self.result.withheld[member.path] = f"its replica is not whole: {defects[0]}"
+            else:
+                found.append(_Case(verdict, member, row, replica, read))
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                for verdict, member in batch:
+                    group.create_task(prove(verdict, member))
+        except BaseExceptionGroup as several:
+            raise several.exceptions[0] from None
+        finally:
+            halt.set()  # a thread cannot be cancelled: it ends at its next piece
+        order = {verdict.path: place for place, (verdict, _) in enumerate(batch)}
+        return sorted(found, key=lambda case: order[case.row.path])
+
+    async def _read(self, replica: Replica, advanced: Callable[[int], None]) -> ReadBack:
+        """Read one replica back, and write down what was found."""
+        loop = asyncio.get_running_loop()
+        read = await loop.run_in_executor(self._readers, self._destination.read, replica.directory, advanced)
+        defects: Sequence[Defect] = judge_proof(replica, read)
+        words = [str(defect) for defect in defects]
+        if defects:
+            log.error("replica.damaged", checkpoint=str(replica.path), defects=words[:5])
+        await self._index(partial(self._catalog.mark_verified, replica.directory, self._clock.now(), words))
+        return read
+
+    async def _look(self, run_id: str) -> _Look:
+        at = self._clock.monotonic()
+        try:
+            rows = await self._account.look(run_id)
+        except NotFound:
+            rows = ()
+        return _Look({row.path: row for row in rows}, at)
+
+    async def _agreed(self, run_id: str, cases: Sequence[_Case], look: _Look) -> list[_Case]:
+        """By what the run shows at this moment the verdicts must still be the same."""
+
+        def again() -> set[TinkerPath]:
+            holdings = self._holdings()
+            known = replace(
+                holdings.known,
+                replicas={path: item for path, item in holdings.known.replicas.items() if path.run_id == run_id},
+            )
+            decision = decide(
+                look.rows.values(),
+                replace(holdings, known=known),
+                replace(self._settings.rules, max_bytes=0),
+                now=self._clock.now(),
+                complete=True,
+                short_ttl=self._settings.short_ttl,
+            )
+            return {v.path for v in decision.plan.verdicts if v.side == "remote" and v.action != "keep"}
+
+        standing = await self._index(again)
+        agreed = [case for case in cases if case.unproven or case.row.path in standing]
+        for case in cases:
+            if case not in agreed:
+                self.result.withheld[case.row.path] = "its run changed meanwhile: a look at it no longer lets it go"
+        return agreed
+
+    def _still_there(self, case: _Case, look: _Look) -> bool:
+        """Whether the object listed is still the object that was decided about."""
+        now = look.rows.get(case.row.path)
+        path = case.row.path
+        if now is None:
+            self.result.withheld[path] = "it is gone already"
+        elif not now.identity.matches(case.row.identity) or now.user_metadata != case.row.user_metadata:
+            self.result.withheld[path] = "it is another object now, or has other metadata"
+        elif now.public and not case.unproven:
+            self.result.withheld[path] = "it is public now"
+        elif now.expires_at != case.row.expires_at and not case.unproven:
+            self.result.withheld[path] = "its expiry changed meanwhile"
+        else:
+            return True
+        return False
+
+    # Twins: one name in several types
+
+    async def _apart_now(self) -> bool:
+        if self._apart is None:
+            known = self._settings.types_known_apart or await self._index(self._catalog.types_apart) is True
+            self._apart = known
+        return self._apart
+
+    async def _with_twins(self, cases: Sequence[_Case], look: _Look) -> list[list[_Case]]:
+        """Cases that must go together: alone on a server that keeps types apart, by name on others."""
+        if await self._apart_now():
+            return [[case] for case in cases]
+        named: dict[str, list[_Case]] = {}
+        for case in cases:
+            named.setdefault(case.row.path.name, []).append(case)
+        listed: dict[str, set[TinkerPath]] = {}
+        for path in look.rows:
+            listed.setdefault(path.name, set()).add(path)
+        whole: list[list[_Case]] = []
+        for name, twins in named.items():
+            missing = listed.get(name, set()) - {case.row.path for case in twins}
+            if missing and not twins[0].unproven:
+                for case in twins:
+                    self.result.withheld[case.row.path] = "its twin of the other type is not proven, and may go with it"
+            else:
+                whole.append(twins)
+        return whole
+
+    async def _let_twins_go(self, twins: Sequence[_Case]) -> None:
+        """Delete the first of a name's types where that may take the others: all are proven, and all are to go."""
+        if await self._apart_now() or twins[0].verdict.action != "delete":
+            for case in twins:
+                await self._let_go(case)
+            return
+        first, *others = twins
+        for case in others:
+            if not await self._intend(case, with_twin=str(first.row.path)):
+                return
+        done = await self._let_go(first)
+        look = await self._look(first.row.path.run_id)
+        for case in others:
+            if case.row.path not in look.rows and done:
+                await self._outcome(case, "gone", f"it went with {first.row.path.checkpoint_id}")
+                await self._learn(apart=False)
+                continue
+            if done and await self._account.serves(case.row) is True:
+                await self._learn(apart=True)
+            await self._outcome(case, "not-done", "the other type was tried first")
+            await self._let_go(case)
+
+    async def _learn(self, *, apart: bool) -> None:
+        """Remember whether this server keeps the types of a name apart."""
+        if self._apart is not apart or not apart:
+            self._apart = apart
+            await self._note("server.types", {}, apart=apart)
+            log.info("server.types", apart=apart)
+
+    # The deed
+
+    async def _let_go(self, case: _Case) -> bool:
+        """Pins, stop flag, intent, the call, the outcome. Returns whether it is gone, or will be."""
+        if not await self._intend(case):
+            return False
+        path = case.row.path
+        if case.verdict.action == "delete":
+            outcome, answer = await self._ask(case, self._remover.delete(path))
+        else:
+            seconds = max(TTL_LEAST, int(self._settings.rules.grace.total_seconds()))
+            outcome, answer = await self._ask(case, self._remover.set_ttl(path, seconds))
+        await self._outcome(case, outcome, answer)
+        return outcome in ("deleted", "gone", "set")
+
+    async def _intend(self, case: _Case, *, with_twin: str | None = None) -> bool:
+        """Write down what is meant; False when it was pinned. Raises _Halt, DiskTrouble, FixFirst: nothing is sent then."""
+        if not await self._may_go(case.row.path):
+            return False
+        now, read = self._clock.now(), case.read
+        facts: dict[str, Any] = {
+            **object_facts(case.row),
+            "by": self._settings.by,
+            "action": "set-ttl" if self._by_hand and case.verdict.action == "expire" else case.verdict.action,
+            "policy": case.verdict.policy,
+            "reasons": [reason.why for reason in case.verdict.reasons],
+            "former_expires_at": None if case.row.expires_at is None else rfc3339(case.row.expires_at),
+        }
+        if case.replica is not None and read is not None and read.manifest is not None:
+            facts |= {
+                "replica": case.replica.directory,
+                "manifest_sha256": read.manifest_sha256,
+                "read_back": {"files": len(read.manifest.files), "bytes": read.manifest.total_bytes},
+            }
+        if case.unproven:
+            facts["unproven"] = True
+        if with_twin is not None:
+            facts["twin"] = with_twin
+        if case.verdict.action == "delete":
+            await self._note("delete.intent", facts)
+        else:
+            ends = now + timedelta(seconds=max(TTL_LEAST, int(self._settings.rules.grace.total_seconds())))
+            await self._note("ttl.intent", facts, ends_at=rfc3339(ends))
+        return True
+
+    async def _may_go(self, path: TinkerPath) -> bool:
+        """Stop flag and pins, read at this moment. Raises _Halt, FixFirst."""
+        stopped = await self._index(self._safeguards.stopped)
+        if stopped is not None:
+            raise _Halt(stopped)
+        if pin_matcher(await self._index(self._safeguards.pins))(path):
+            self.result.withheld[path] = "pinned"
+            return False
+        return True
+
+    async def _ask(self, case: _Case, call: Any) -> tuple[str, str]:
+        """Make the call; an answer that was lost is resolved by looking. Returns outcome and answer."""
+        wanted = "deleted" if case.verdict.action == "delete" else "set"
+        try:
+            await call
+        except NotFound:
+            return "gone", "404"
+        except BillingBlocked as error:
+            return "failed", str(error)
+        except RequestRefused as error:
+            return ("failed" if error.status == 409 else "refused"), str(error)
+        except ServiceTrouble as error:
+            look = await self._look(case.row.path.run_id)  # when that fails too, the intent stays open
+            now = look.rows.get(case.row.path)
+            if now is None or not now.identity.matches(case.row.identity):
+                return "gone", f"the answer was lost ({error}); it is no longer there"
+            if wanted == "set" and now.expires_at != case.row.expires_at:
+                return "set", f"the answer was lost ({error}); it has the TTL"
+            return "failed", str(error)
+        return wanted, "ok"
+
+    async def _outcome(self, case: _Case, outcome: str, answer: str) -> None:
+        path, facts = case.row.path, object_facts(case.row)
+        if outcome == "refused":
+            facts["retry_at"] = rfc3339(self._clock.now() + REFUSED_FOR)
+        event = "delete.outcome" if case.verdict.action == "delete" else "ttl.outcome"
+        await self._note(event, facts, outcome=outcome, answer=answer)
+        if outcome in ("deleted", "gone"):
+            self.result.deleted.append(path)
+            log.info("checkpoint.deleted", checkpoint=str(path), policy=case.verdict.policy, answer=answer)
+        elif outcome == "set":
+            self.result.expired.append(path)
+            log.info("checkpoint.expires", checkpoint=str(path), policy=case.verdict.policy)
+        elif outcome in ("refused", "failed"):
+            self.result.failed[path] = f"not deleted: {answer}"
+            log.error("checkpoint.not_deleted", checkpoint=str(path), answer=answer)
+
+    # Our TTLs
+
+    async def _watch(self, decision: Decision, stopped: str | None) -> None:
+        """What runs out by our TTL: read its replica again daily and before the end, and restore it when it must stay."""
+        watched = [member for member in decision.members.values() if member.ttl_is_ours]
+        if not watched:
+            return
+        deeds = await self._index(self._catalog.deeds)
+        reasons = {verdict.path: verdict.reasons for verdict in decision.plan.verdicts if verdict.side == "remote"}
+        for member in watched:
+            deed, row = deeds.get(member.path), member.remote
+            if deed is None or row is None or not deed.is_ours_to_undo:
+                continue
+            why = next((reason.detail for reason in reasons[member.path] if reason.why != "expiring"), stopped)
+            if why is None and member.replica is not None and self._reread_due(deed, member.replica):
+                defects = judge_proof(member.replica, await self._read(member.replica, lambda _: None))
+                why = f"its replica is not whole: {defects[0]}" if defects else None
+            if why is not None:
+                await self._restore(row, deed, why)
+
+    def _reread_due(self, deed: Deed, replica: Replica) -> bool:
+        now = self._clock.now()
+        if now - replica.verified_at >= REREAD_EVERY:
+            return True
+        last = None if deed.ends_at is None else deed.ends_at - LAST_READ
+        return last is not None and replica.verified_at < last <= now
+
+    async def _restore(self, row: Checkpoint, deed: Deed, why: str) -> None:
+        """Give a checkpoint back the expiry that it had before our TTL."""
+        former = deed.former_expires_at
+        seconds = None
+        if former is not None:
+            seconds = max(TTL_LEAST, int((former - self._clock.now()).total_seconds()))
+        facts = object_facts(row)
+        expiries = {
+            "former_expires_at": None if former is None else rfc3339(former),
+            "ends_at": None if deed.ends_at is None else rfc3339(deed.ends_at),
+        }
+        await self._note("ttl.intent", facts, action="restore", by=self._settings.by, why=why, **expiries)
+        try:
+            await self._remover.set_ttl(row.path, seconds)
+        except (RequestRefused, ServiceTrouble) as error:
+            await self._note("ttl.outcome", facts, outcome="failed", answer=str(error))
+            self.result.failed[row.path] = f"its former expiry could not be restored: {error}"
+            log.error("checkpoint.not_restored", checkpoint=str(row.path), error=str(error))  # noqa: TRY400 - told in words
+            return
+        await self._note("ttl.outcome", facts, outcome="set", answer="ok")
+        self.result.restored.append(row.path)
+        log.warning("checkpoint.restored", checkpoint=str(row.path), why=why)
+
+    async def rescue(self, rows: Sequence[Checkpoint]) -> None:
+        """Give what would expire before it can be copied a longer life, once each. Needs rows of a proven listing."""
+        deeds = await self._index(self._catalog.deeds)
+        for row in rows:
+            deed = deeds.get(row.path)
+            if deed is not None and deed.concerns(row) and deed.state in ("under-ttl", "withheld", *OPEN):
+                continue
+            seconds = max(TTL_LEAST, int(self._settings.extend_ttl_max.total_seconds()))
+            ends = self._clock.now() + timedelta(seconds=seconds)
+            if row.expires_at is None or row.expires_at >= ends:
+                continue
+            facts = object_facts(row)
+            expiries = {"former_expires_at": rfc3339(row.expires_at), "ends_at": rfc3339(ends)}
+            await self._note("ttl.intent", facts, action="extend", by=self._settings.by, **expiries)
+            try:
+                await self._remover.set_ttl(row.path, seconds)
+            except (RequestRefused, ServiceTrouble) as error:
+                retry = rfc3339(self._clock.now() + REFUSED_FOR) if isinstance(error, RequestRefused) else None
+                await self._note("ttl.outcome", facts, outcome="failed", answer=str(error), retry_at=retry)
+                log.warning("checkpoint.not_extended", checkpoint=str(row.path), error=str(error))
+                continue
+            await self._note("ttl.outcome", facts, outcome="set", answer="ok")
+            self.result.extended.append(row.path)
+            log.warning("checkpoint.extended", checkpoint=str(row.path), until=rfc3339(ends.replace(microsecond=0)))
+
+    # Here
+
+    async def _local_batch(self, run_id: str, batch: Sequence[tuple[Verdict, Member]]) -> None:
+        """Move replicas to the trash; those with an original only while a look shows it living, for good."""
+        look: _Look | None = None
+        for verdict, member in batch:
+            replica = member.replica
+            if replica is None:
+                continue
+            if member.remote is not None:
+                if look is None or self._clock.monotonic() - look.at > LOOK_HOLDS:
+                    look = await self._look(run_id)
+                now = look.rows.get(member.path)
+                if now is None or not now.identity.matches(member.remote.identity) or now.expires_at is not None:
+                    self.result.withheld[member.path] = "its original is gone, another one, or expires"
+                    continue
+            if await self._may_go(member.path):
+                await self._retire(verdict, replica)
+
+    async def _retire(self, verdict: Verdict, replica: Replica) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            entry = await loop.run_in_executor(self._readers, self._destination.retire, replica.directory)
+        except TinkerSyncError as error:
+            self.result.failed[replica.path] = f"not moved to the trash: {error}"
+            log.error("replica.not_trashed", checkpoint=str(replica.path), error=str(error))  # noqa: TRY400 - told in words
+            return
+        await self._index(partial(self._catalog.remove_replica, replica.directory))
+        facts: dict[str, Any] = {
+            "tinker_path": str(replica.path),
+            "checkpoint_time": rfc3339(replica.time),
+            "size_bytes": replica.size_bytes,
+        }
+        reasons = [reason.why for reason in verdict.reasons]
+        more = {"policy": verdict.policy, "reasons": reasons, "manifest_sha256": replica.manifest_sha256}
+        await self._note("local.trashed", facts, entry=entry, directory=replica.directory, by=self._settings.by, **more)
+        self.result.trashed.append(replica.path)
+        log.info("replica.trashed", checkpoint=str(replica.path), policy=verdict.policy, entry=entry)
+
+    async def _empty_trash(self, now: datetime) -> None:
+        """Delete what has been in the trash for its time."""
+        loop = asyncio.get_running_loop()
+        for item in await loop.run_in_executor(self._readers, self._destination.trashed):
+            if now - item.trashed_at < self._settings.trash:
+                break
+            try:
+                await loop.run_in_executor(self._readers, self._destination.empty, item.entry)
+            except TinkerSyncError as error:
+                log.error("trash.not_emptied", entry=item.entry, error=str(error))  # noqa: TRY400 - told in words
+                continue
+            facts = {} if item.path is None else {"tinker_path": str(item.path)}
+            await self._note("local.emptied", facts, entry=item.entry, why=f"{duration(self._settings.trash)} are over")
+            self.result.emptied += 1
+
+    # By hand
+
+    async def remove_one(
+        self, found: Listing | Sighting, path: TinkerPath, *, unproven: bool, ttl: timedelta | None = None
+    ) -> Enforced:
+        """Delete this one, or with `ttl` let it expire, by a person's word: guards, proof and journal as ever.
+
+        `unproven` leaves guards and proof out, but not pins and the stop flag. Raises the same as `enforce`.
+        """
+        self._by_hand = True
+        action: Literal["delete", "expire"] = "delete" if ttl is None else "expire"
+        only = Policy(
+            name=self._settings.by,
+            types=(path.checkpoint_type,),
+            include=("/".join(_literally(part) for part in (path.run_id, path.segment, path.name)),),
+        )
+        rules = replace(
+            self._settings.rules,
+            remote=(only,),
+            action=action,
+            grace=ttl or timedelta(0),
+            types_apart=unproven or self._settings.rules.types_apart,
+        )
+        self._settings = replace(self._settings, rules=rules)
+        decision = await self.decide(found, rules=rules)
+        member = decision.members.get(path)
+        if member is None or member.remote is None:
+            self.result.failed[path] = "the service does not list it: gone, or misspelt"
+            return self.result
+        verdict = next(v for v in decision.plan.verdicts if v.path == path and v.side == "remote")
+        try:
+            if not unproven:
+                if verdict.action == "keep":
+                    self.result.withheld[path] = "; ".join(reason.detail or reason.why for reason in verdict.reasons)
+                else:
+                    await self._remote_batch(path.run_id, [(verdict, member)])
+            else:
+                forced = replace(verdict, action=action, policy=only.name)
+                look = await self._look(path.run_id)
+                case = _Case(forced, member, member.remote, member.replica, None, unproven=True)
+                if self._still_there(case, look):
+                    await self._let_go(case)
+        except _Halt as halt:
+            self.result.stopped = str(halt)
+        await self._confirm()
+        return self.result
+
+    async def lengthen(self, row: Checkpoint, seconds: int | None) -> None:
+        """Give a checkpoint a longer life, or one without end, by a person's word. Raises RequestRefused, ServiceTrouble."""
+        facts = object_facts(row)
+        ends = None if seconds is None else rfc3339(self._clock.now() + timedelta(seconds=seconds))
+        former = None if row.expires_at is None else rfc3339(row.expires_at)
+        by = self._settings.by
+        await self._note("ttl.intent", facts, action="extend", by=by, former_expires_at=former, ends_at=ends)
+        try:
+            await self._remover.set_ttl(row.path, seconds)
+        except RequestRefused as error:
+            await self._note("ttl.outcome", facts, outcome="failed", answer=str(error))
+            raise
+        await self._note("ttl.outcome", facts, outcome="set", answer="ok")
+
+    async def _note(self, event: str, facts: Mapping[str, Any], **more: Any) -> None:
+        """One line in the journal, durable, and what follows from it in the catalog."""
+        line = {"time": rfc3339(self._clock.now()), "event": event, **facts, **more}
+        await self._index(lambda: self._catalog.apply([(self._journal.append(line), line)]))
+
+    async def _index(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._indexer, work)
+
+
+def _of(deed: Deed) -> dict[str, Any]:
+    return {
+        "tinker_path": str(deed.path),
+        "checkpoint_time": rfc3339(deed.time),
+        "size_bytes": deed.size_bytes,
+    }
+
+
+def _found(deed: Deed, row: Checkpoint | None) -> str:
+    """The outcome of an intent, by what is there."""
+    if row is None or not deed.concerns(row):
+        return "gone"
+    if deed.state == "deleting":
+        return "not-done"
+    if deed.action == "restore":
+        return "failed" if _same(row.expires_at, deed.ends_at) else "set"
+    return "not-done" if _same(row.expires_at, deed.former_expires_at) else "set"
+
+
+def _same(one: datetime | None, other: datetime | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return abs(one - other) <= _SAME_MOMENT
+
+
+def _literally(text: str) -> str:
+    """A glob that matches only this text."""
+    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in text)
