@@ -161,6 +161,8 @@ class TinkerSection(Section):
     timeout: Duration = timedelta(seconds=60)
     listing: Literal["auto", "user", "runs", "both"] = "auto"
     file_urls_below: str = ""
+    types_apart: bool | Literal["auto"] = "auto"
+    """Whether deleting `weights/x` leaves `sampler_weights/x` alone; `auto`: so on Tinker itself, elsewhere learnt."""
 
     @field_validator("timeout")
     @classmethod

@@ -333,7 +333,10 @@ def _keep_with_twins(remote: Sequence[_Case]) -> None:
         staying = next((case for case in twins if case.kept), None)
         if staying is None or len(twins) == 1:
             continue
-        detail = f"this server may delete {staying.member.path.checkpoint_id} with it, and that stays"
+        detail = (
+            f"this server may delete {staying.member.path.checkpoint_id} with it, and that stays "
+            "([tinker] types_apart = true says that it does not)"
+        )
         for case in twins:
             if not case.kept:
                 case.kept.append(Reason("twin", detail))

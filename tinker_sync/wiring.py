@@ -409,7 +409,7 @@ def _enforcer(
             max_shrink_fraction=settings.retention.max_shrink_fraction,
             trash=settings.retention.trash,
             extend_ttl_max=settings.mirror.extend_ttl_max,
-            types_known_apart=is_official(settings),
+            types_known_apart=types_known_apart(settings),
             reads_at_once=cores,
         ),
     )
@@ -462,7 +462,7 @@ def retention_rules(settings: Settings) -> RetentionRules:
         action=retention.action,
         grace=settings.grace,
         max_bytes=int(settings.mirror.max_bytes),
-        types_apart=is_official(settings),
+        types_apart=types_known_apart(settings),
         max_deletes=retention.max_deletes,
         max_delete_fraction=retention.max_delete_fraction,
     )
@@ -500,6 +500,12 @@ def marker_required(settings: Settings) -> bool:
     if wanted != "auto":
         return bool(wanted)
     return is_official(settings)
+
+
+def types_known_apart(settings: Settings) -> bool:
+    """Whether the server is known to leave a name's other type alone when one is deleted."""
+    said = settings.tinker.types_apart
+    return is_official(settings) if said == "auto" else said
 
 
 def is_official(settings: Settings) -> bool:

@@ -46,13 +46,26 @@ def _nothing(settings: Settings) -> dict[str, Any]:
         **empty,
         "expiring_unmirrored": [],
         "failures": [],
-        "stopped": False,
+        "stopped": (settings.state / "stop").exists(),
+        "stop_reason": None,
+        "enforce": settings.retention.enforce,
+        "running_out": 0,
+        "trash": 0,
         "last_pass": None,
         "root": str(settings.root),
     }
 
 
+def _trash_entries(settings: Settings) -> int:
+    try:
+        return len(os.listdir(settings.root / ".tinker-sync" / "trash"))  # noqa: PTH208 - a count is all
+    except OSError:
+        return 0
+
+
 def _state(settings: Settings, catalog: Any) -> dict[str, Any]:
+    from tinker_sync.destination.safeguards import read_stop  # noqa: PLC0415
+
     now = datetime.now(UTC)
     failures = catalog.failures()
     selection = _selection(settings)
@@ -85,7 +98,11 @@ def _state(settings: Settings, catalog: Any) -> dict[str, Any]:
             }
             for failure in failures
         ],
-        "stopped": (settings.state / "stop").exists(),
+        "stopped": read_stop(settings.state) is not None,
+        "stop_reason": read_stop(settings.state),
+        "enforce": settings.retention.enforce,
+        "running_out": sum(1 for deed in catalog.unsettled_deeds() if deed.is_ours_to_undo),
+        "trash": _trash_entries(settings),
         "last_pass": catalog.last_pass(),
         "root": str(settings.root),
     }
@@ -114,6 +131,8 @@ def _tell_status(document: dict[str, Any]) -> None:
     soon = len(document["expiring_unmirrored"])
     if last is None and not document["replicas"]:
         render.say("nothing was mirrored here yet: run `tinker-sync sync`")
+    elif document["stopped"]:
+        render.say(f"NOT WELL: enforcement is stopped: {document['stop_reason']} (then `tinker-sync resume`)")
     elif last is not None and last["service_error"]:
         render.say(f"NOT WELL: the last pass ended with: {last['service_error']}")
     elif bad or soon:
@@ -121,6 +140,8 @@ def _tell_status(document: dict[str, Any]) -> None:
             f"NOT WELL: {document['failing']} failing, {document['quarantined']} quarantined, "
             f"{document['damaged']} damaged, {soon} expire uncopied within 24 h"
         )
+    elif last is not None and last.get("breaker"):
+        render.say(f"NOT WELL: the breaker held back {last['breaker']['deletes']} deletes: see `tinker-sync plan`")
     elif document["pending"]:
         render.say(f"working: {document['pending']} checkpoints are still to be copied")
     else:
@@ -132,6 +153,11 @@ def _tell_status(document: dict[str, Any]) -> None:
             f"  last pass {render.ago(parse_time(last['at']), now)}: {last['listed']} listed ({proven}), "
             f"{last['transferred']} copied, {last['failed']} failed"
         )
+    if last is not None and (last.get("due") or last.get("deleted")):
+        going = "" if document["enforce"] else ", [retention] enforce is off"
+        render.say(f"  retention: {last.get('deleted', 0)} deleted, {last.get('due', 0)} to go{going}")
+    if document["running_out"] or document["trash"]:
+        render.say(f"  {document['running_out']} run out by our TTL, {document['trash']} in the trash")
     if document["unmirrorable"]:
         render.say(f"  {document['unmirrorable']} are not served by this server (see `tinker-sync doctor`)")
     for row in document["expiring_unmirrored"][:20]:

@@ -15,7 +15,7 @@ from tinker_sync.errors import FixFirst, RequestRefused, ServiceTrouble, TinkerS
 from tinker_sync.inventory import Decision, decide
 from tinker_sync.model.checkpoint import Listing
 from tinker_sync.model.moments import parse_time, rfc3339
-from tinker_sync.retention import duration
+from tinker_sync.retention import GUARDS, duration
 from tinker_sync.wiring import (
     SystemClock,
     make_account,
@@ -279,6 +279,8 @@ def _tell(decision: Decision, settings: Settings, price: float | None, now: date
     _tell_totals(plan, members, price)
     if plan.over_bytes:
         render.say(f"[mirror] max_bytes is exceeded by {render.size(plan.over_bytes)} that must stay: copying stops")
+    if all(verdict.action == "keep" for verdict in plan.verdicts):
+        return
     if settings.retention.enforce:
         render.say("nothing was changed; [retention] enforce is on: the next `sync` carries this out")
     else:
@@ -303,6 +305,10 @@ def _tell_totals(plan: RetentionPlan, members: Mapping[TinkerPath, Member], pric
         size = sum(members[verdict.path].size_bytes for verdict in going)
         money = f", ${size / 1e9 * price:,.2f} per month" if side == "remote" and price is not None and going else ""
         render.say(f"{side}: {len(going)} of {len(mine)} would go, {render.size(size)}{money}")
+        guarded = Counter(verdict.reasons[0].why for verdict in mine if _by_guards_alone(verdict))
+        if guarded:
+            told = ", ".join(f"{number} {why}" for why, number in guarded.most_common())
+            render.say(f"  kept by a guard, by no rule: {told} (`tinker-sync explain` tells more)")
     if plan.breaker is not None:
         tripped = plan.breaker
         render.say(
@@ -310,6 +316,11 @@ def _tell_totals(plan: RetentionPlan, members: Mapping[TinkerPath, Member], pric
             f"{tripped.max_deletes} or max_delete_fraction = {tripped.max_delete_fraction}: none would happen. "
             f"If they are meant: `tinker-sync prune --apply --allow {tripped.deletes}`"
         )
+
+
+def _by_guards_alone(verdict: Verdict) -> bool:
+    kept = verdict.action == "keep" and verdict.policy is not None
+    return kept and all(reason.why in GUARDS for reason in verdict.reasons)
 
 
 def _tell_difference(before: RetentionPlan, after: RetentionPlan, *, complete: bool, as_json: bool) -> None:

@@ -106,7 +106,7 @@ def tell_enforced(done: Enforced, *, applied: bool) -> None:
         "deleted from the trash": done.emptied,
     }
     told = ", ".join(f"{number} {what}" for what, number in counts.items() if number)
-    if told or applied:
+    if told or (applied and done.breaker is None and done.stopped is None):
         render.say(told or "nothing to let go")
     elif done.due_remote or done.due_local:
         render.say(
