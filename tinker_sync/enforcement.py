@@ -329,8 +329,13 @@ class Enforcer:
         Without `apply` only the time is kept since which verdicts stand, and TTLs of ours whose verdict changed are
         taken back. Raises ServiceTrouble, DiskTrouble, FixFirst.
         """
+        result = self.result
+        if await self._index(self._is_idle):
+            if isinstance(found, Listing):
+                await self._empty_trash(self._clock.now())
+            return result
         decision = await self.decide(found, allow=allow)
-        plan, result = decision.plan, self.result
+        plan = decision.plan
         going = [verdict for verdict in plan.verdicts if verdict.action != "keep"]
         result.due_remote = sum(1 for verdict in going if verdict.side == "remote")
         result.due_local = len(going) - result.due_remote
@@ -358,6 +363,13 @@ class Enforcer:
             result.stopped = str(halt)
         await self._confirm()
         return result
+
+    def _is_idle(self) -> bool:
+        """No policy, no limit, nothing under a TTL of ours, no stop flag: everything is kept."""
+        rules = self._settings.rules
+        if rules.remote or rules.local or rules.max_bytes or self._safeguards.stopped() is not None:
+            return False
+        return not any(deed.is_ours_to_undo for deed in self._catalog.unsettled_deeds())
 
     async def _confirm(self) -> None:
         """After deletes, list again: it confirms them, and shows what else went. Trouble leaves that to the next pass."""

@@ -56,6 +56,9 @@ class SqlCatalog:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._turn = threading.Lock()
+        self._known: Known | None = None
+        """What `known` read last; forgotten by every write that changes it. The holder of the root's lock is the only
+        writer, and a reader opens the catalog for one look."""
 
     @classmethod
     def open(cls, path: Path, *, read_only: bool = False, network: bool = False) -> Self:
@@ -131,12 +134,15 @@ class SqlCatalog:
 
     def known(self) -> Known:
         """All that planning needs, read once."""
+        if self._known is not None:
+            return self._known
         with self._begin() as connection:
             present = connection.execute(select(schema.replicas).where(~schema.replicas.c.superseded))
             replicas = {replica.path: replica for replica in map(_as_replica, present)}
             failed = connection.execute(select(schema.failures))
             failures = {failure.path: failure for failure in map(_as_failure, failed)}
-        return Known(replicas, failures, self.first_expiry())
+        self._known = Known(replicas, failures, self.first_expiry())
+        return self._known
 
     def first_expiry(self) -> dict[TinkerPath, tuple[datetime, datetime | None]]:
         """Of everything that is listed: its time, and the first `expires_at` that was seen for it."""
@@ -204,6 +210,7 @@ class SqlCatalog:
             before = {row.tinker_path: row for row in connection.execute(select(table))}
             shown: set[str] = set()
             added: list[dict[str, Any]] = []
+            changed = False
             for checkpoint in checkpoints:
                 row = _upstream_row(checkpoint)
                 key = row["tinker_path"]
@@ -217,11 +224,14 @@ class SqlCatalog:
                 if old is None:
                     added.append(row)
                 else:
+                    changed = True
                     connection.execute(update(table).where(table.c.tinker_path == key), row)
             _insert(connection, table, added)
-            if not complete:
+            gone = [path for path in before if path not in shown] if complete else []
+            if added or changed or gone:
+                self._known = None
+            if not gone:
                 return ()
-            gone = [path for path in before if path not in shown]
             _delete(connection, table, gone)
             _delete(connection, schema.standing, gone)
             kept = _quarantined_paths(connection)  # theirs may be the only bytes that are left
@@ -231,6 +241,7 @@ class SqlCatalog:
     def add_replica(self, replica: Replica) -> None:
         """A replica is there. What held its name is superseded or replaced; its failures are forgotten."""
         table = schema.replicas
+        self._known = None
         with self._begin() as connection:
             connection.execute(delete(table).where(table.c.directory == replica.directory))
             connection.execute(insert(table), _replica_row(replica))
@@ -240,6 +251,7 @@ class SqlCatalog:
     def replace_superseded(self, path: TinkerPath, replicas: Sequence[Replica]) -> None:
         """The superseded versions of a path are exactly these."""
         table = schema.replicas
+        self._known = None
         with self._begin() as connection:
             connection.execute(delete(table).where((table.c.tinker_path == str(path)) & table.c.superseded))
             for replica in replicas:
@@ -248,6 +260,7 @@ class SqlCatalog:
 
     def remove_replica(self, directory: str) -> None:
         """A replica is no longer there."""
+        self._known = None
         with self._begin() as connection:
             connection.execute(delete(schema.replicas).where(schema.replicas.c.directory == directory))
 
@@ -257,12 +270,14 @@ class SqlCatalog:
         values: dict[str, Any] = {"damaged": json.dumps(list(damaged))}
         if not damaged:
             values["verified_at"] = to_micros(verified_at)
+        self._known = None
         with self._begin() as connection:
             connection.execute(update(table).where(table.c.directory == directory), values)
 
     def add_failure(self, failure: Failure) -> None:
         """A transfer failed."""
         table = schema.failures
+        self._known = None
         with self._begin() as connection:
             connection.execute(delete(table).where(table.c.tinker_path == str(failure.path)))
             connection.execute(insert(table), _failure_row(failure))
@@ -401,6 +416,7 @@ class SqlCatalog:
 
         `kept` are the facts of the catalog before, where they could be read.
         """
+        self._known = None
         with self._begin() as connection:
             here = {str(replica.path): replica for replica in replicas if not replica.superseded}
             failed: dict[TinkerPath, Failure] = {}
