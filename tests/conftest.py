@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import sys
+import threading
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -21,7 +23,7 @@ from tinker_sync.sandbox import Sandbox
 from tinker_sync.wiring import SYSTEM_CLOCK, Silent, open_mirror, open_root, open_service
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncIterator, Iterator, Sequence
 
     from tinker_sync.passes import PassResult
     from tinker_sync.ports import Clock
@@ -144,6 +146,29 @@ class Site:
 def site(sandbox: Sandbox, tmp_path: Path) -> Site:
     """An empty mirror of the sandbox."""
     return Site(sandbox, tmp_path)
+
+
+@pytest.fixture
+def outside(tmp_path: Path) -> Iterator[Site]:
+    """A mirror of a sandbox that runs beside the test, so that the command can be a process of its own."""
+    sandbox = Sandbox(key="tml-very-secret-key")
+    ready, stop = threading.Event(), asyncio.Event()
+    loop = asyncio.new_event_loop()
+
+    async def serve() -> None:
+        async with sandbox.running():
+            ready.set()
+            await stop.wait()
+
+    thread = threading.Thread(target=lambda: loop.run_until_complete(serve()))
+    thread.start()
+    assert ready.wait(10)
+    try:
+        yield Site(sandbox, tmp_path)
+    finally:
+        loop.call_soon_threadsafe(stop.set)
+        thread.join(20)
+        loop.close()
 
 
 def command(*arguments: str) -> list[str]:

@@ -2,52 +2,29 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
-import threading
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.conftest import Site, command, run
 from tinker_sync.model.manifest import Manifest
-from tinker_sync.sandbox import Fault, Payload, PayloadFile, Sandbox, adapter
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from tinker_sync.sandbox import Fault, Payload, PayloadFile, adapter
 
 RUN = "39aa5eb2-e234-5a95-ab68-896e4cac8c45:train:0"
 
 
 @pytest.fixture
-def site(tmp_path: Path) -> Iterator[Site]:
-    """A mirror of a sandbox that runs beside the test, so that the command can be a process of its own."""
-    sandbox = Sandbox(key="tml-very-secret-key")
-    ready, stop = threading.Event(), asyncio.Event()
-    loop = asyncio.new_event_loop()
-
-    async def serve() -> None:
-        async with sandbox.running():
-            ready.set()
-            await stop.wait()
-
-    thread = threading.Thread(target=lambda: loop.run_until_complete(serve()))
-    thread.start()
-    assert ready.wait(10)
-    try:
-        yield Site(sandbox, tmp_path)
-    finally:
-        loop.call_soon_threadsafe(stop.set)
-        thread.join(20)
-        loop.close()
+def site(outside: Site) -> Site:
+    """The command is a process of its own here."""
+    return outside
 
 
 def fill(site: Site, count: int = 3, **options: int) -> list[str]:

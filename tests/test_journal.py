@@ -106,7 +106,7 @@ def test_it_rotates_without_losing_the_chain(tmp_path: Path) -> None:
     middle.unlink()
     assert "missing" in examine(tmp_path).problems[0]
     middle.write_bytes(kept)
-    sorted(tmp_path.glob("journal-*.jsonl"))[0].unlink()
+    min(tmp_path.glob("journal-*.jsonl")).unlink()
     assert examine(tmp_path).problems == ["journal-000002.jsonl is the oldest file here: 1 before it are missing"]
 
 

@@ -17,7 +17,16 @@ from tinker_sync.inventory import Holdings, make_members
 from tinker_sync.model.checkpoint import Checkpoint
 from tinker_sync.model.moments import UNKNOWN_TIME
 from tinker_sync.model.paths import SEGMENT_OF_TYPE, TinkerPath
-from tinker_sync.retention import KeepBest, Member, Policy, RetentionPlan, RetentionRules, plan_retention, step_of
+from tinker_sync.retention import (
+    KeepBest,
+    Member,
+    Policy,
+    RetentionPlan,
+    RetentionRules,
+    not_worth_copying,
+    plan_retention,
+    step_of,
+)
 
 DAY = timedelta(days=1)
 
@@ -247,6 +256,76 @@ def test_the_breaker() -> None:
     assert plan_retention(DAILY, strict, now=NOW, complete=True, allow=38).breaker is not None
 
 
+def test_under_our_ttl_it_takes_part_in_no_rule_and_shows_when_its_verdict_changes() -> None:
+    """It fills no count of others; that a rule would keep it by now is a reason besides `expiring`."""
+    chosen = rules(policy(keep_last=2), action="expire", grace=7 * DAY)
+    running = {"ttl_is_ours": True, "expires_at": NOW + DAY}
+    members = [*DAILY[:4], *(replace(m) for m in DAILY[4:5])]
+    ours = member("ours", 2 * DAY + hours(3), **running)
+    assert gone([*members, ours], chosen) == gone(members, chosen)
+    assert why([*members, ours], chosen, "ours") == {"expiring"}
+    assert why([DAILY[0], ours], chosen, "ours") >= {"expiring", "keep_last"}
+    assert why([*members, replace(ours, pinned=True)], chosen, "ours") == {"expiring", "pinned"}
+
+
+def test_what_expires_by_itself_sooner_is_not_put_under_a_ttl() -> None:
+    """Ours would be later than the present one."""
+    chosen = rules(policy(keep_last=1), action="expire", grace=7 * DAY)
+    members = [
+        DAILY[0],
+        member("soon", 3 * DAY, expires_at=NOW + 6 * DAY),
+        member("late", 4 * DAY, expires_at=NOW + 8 * DAY),
+    ]
+    assert gone(members, chosen) == {"late"}
+    assert why(members, chosen, "soon") == {"expires"}
+
+
+def test_a_short_lived_one_that_goes_says_why() -> None:
+    """It takes part in no rule, so none keeps it; while it is the newest it stays."""
+    members = [DAILY[1], member("rolling", hours(5), short_lived=True), member("final", hours(2))]
+    assert why(members, rules(policy(keep_last=9)), "rolling") == {"no-rule", "short-lived"}
+    assert why(members[:2], rules(policy(keep_last=9)), "rolling") == {"newest"}
+
+
+def test_max_bytes_is_the_last_rule() -> None:
+    """The oldest with a living, unexpiring original that stays; kept by rules or by none, but by no guard."""
+    members = [
+        *DAILY[:6],
+        member("orphan", 50 * DAY, here_only=True),
+        member("expiring", 51 * DAY, expires_at=NOW + DAY),
+        member("pinned", 52 * DAY, pinned=True),
+    ]
+    weight = sum(m.replica.total_bytes for m in members if m.replica is not None)
+    one = weight // len(members)
+    chosen = rules(local=(policy(keep_last=99),), max_bytes=weight - 2 * one)
+    assert gone(members, chosen, "local") == {"000004", "000005"}
+    assert why(members, chosen, "000005", "local") == {"max_bytes"}
+    unmet = plan_retention(members, rules(max_bytes=one), now=NOW, complete=True)
+    assert (unmet.over_bytes, unmet.least_bytes) == (3 * one, 4 * one)
+    both = rules(policy(keep_last=5), max_bytes=one)
+    assert "000005" not in gone(members, both, "local"), "the remote side lets it go"
+
+
+def test_what_would_be_let_go_at_once_is_not_worth_copying() -> None:
+    """Only what is safe upstream: an original that expires, or that policy deletes there, is copied."""
+    listed = [member(f"{n:06}", (n + 1) * DAY, mirrored=False) for n in range(5)]
+    listed.append(member("expiring", 9 * DAY, mirrored=False, expires_at=NOW + DAY))
+    chosen = rules(local=(policy(keep_last=2),))
+    assert {path.name for path in not_worth_copying(listed, chosen, now=NOW)} == {"000002", "000003", "000004"}
+    both = rules(policy(keep_last=2), local=(policy(keep_last=2),))
+    assert not_worth_copying(listed, both, now=NOW) == {}
+    assert not_worth_copying(listed, rules(policy(keep_last=2)), now=NOW) == {}
+
+
+def test_a_segment_that_is_called_like_a_type_is_none_of_that_type() -> None:
+    """`tinker://run/sampler/x` is no sampler."""
+    odd = TinkerPath("run", "sampler", "x")
+    row = Checkpoint(odd, NOW - 9 * DAY, 1)
+    members = [*DAILY[:3], Member(odd, row.time, row, replica_of(row))]
+    plan = plan_retention(members, rules(policy(keep_names=("none",))), now=NOW, complete=True)
+    assert next(v for v in plan.verdicts if v.path == odd and v.side == "remote").reasons[0].why == "no-policy"
+
+
 # Accidents of others
 
 
@@ -340,6 +419,10 @@ generated = st.lists(
         expires_at=st.sampled_from([None, None, NOW + DAY]),
         base_model=st.sampled_from([None, "m"]),
         user_metadata=st.sampled_from([None, {}, {"loss": "1"}, {"loss": "2"}]),
+        damaged=st.sampled_from([(), (), (), ("x",)]),
+        fidelity=st.sampled_from(["exact", "exact", "adapter"]),
+        deleted_by_us=st.sampled_from([False, False, True]),
+        withheld=st.sampled_from(["", "", "", "403"]),
     ),
     max_size=25,
     unique_by=lambda m: m.path,
@@ -348,6 +431,9 @@ policies = st.builds(
     policy,
     types=st.sampled_from([("sampler",), ("training",), ("training", "sampler")]),
     base_model=st.sampled_from([None, None, "m"]),
+    include=st.sampled_from([(), (), ("a/*/*",), ("*/*/0*",)]),
+    metadata=st.sampled_from([{}, {}, {"loss": "1"}]),
+    delete_adapter_only=st.booleans(),
     keep_last=st.sampled_from([None, 1, 3]),
     keep_within=st.sampled_from([None, DAY]),
     keep_slots=st.sampled_from([{}, {"daily": 2}, {"hourly": 3, "weekly": 1}]),
@@ -356,6 +442,7 @@ policies = st.builds(
     keep_names=st.sampled_from([("final",), ("zzz",)]),
     keep_orphans=st.booleans(),
 )
+sides = st.lists(policies, max_size=2).map(lambda chosen: tuple(replace(p, name=f"p{n}") for n, p in enumerate(chosen)))
 law = settings(max_examples=150, deadline=None)
 
 
@@ -364,11 +451,25 @@ def decide(members: list[Member], chosen: RetentionRules) -> RetentionPlan:
     return plan_retention(members, chosen, now=NOW, complete=True)
 
 
-@given(generated, policies, policies)
+@given(
+    generated, sides, sides, st.sampled_from(["UTC", "Asia/Kolkata"]), st.booleans(), st.sampled_from([0, 0, 1, 5000]),
+    st.sampled_from(["delete", "expire"]),
+)  # fmt: skip
 @law
-def test_laws(members: list[Member], upstream: Policy, here: Policy) -> None:
-    """Total, deterministic, order-free; nothing unreplicated, never both, the newest survives."""
-    chosen = rules(upstream, local=(here,))
+def test_laws(
+    members: list[Member],
+    upstream: tuple[Policy, ...],
+    here: tuple[Policy, ...],
+    zone: str,
+    apart: bool,
+    max_bytes: int,
+    action: str,
+) -> None:
+    """Total, deterministic, order-free; nothing unreplicated, never both, the newest survives, twins go together."""
+    chosen = rules(
+        *upstream, local=here, timezone=ZoneInfo(zone), types_apart=apart, max_bytes=max_bytes, action=action,
+        grace=hours(2),
+    )  # fmt: skip
     plan = decide(members, chosen)
     assert plan == decide(list(reversed(members)), chosen)
     sides = [(v.path, v.side) for v in plan.verdicts]
@@ -384,14 +485,45 @@ def test_laws(members: list[Member], upstream: Policy, here: Policy) -> None:
         subject = by_path[verdict.path]
         if verdict.side == "remote":
             assert subject.replica is not None
-            assert not subject.pinned
+            assert not subject.replica.damaged
+            assert subject.remote is not None
+            assert not subject.remote.public
+            assert not any((subject.pinned, subject.withheld, subject.ttl_is_ours))
+            assert NOW - subject.time >= hours(1)
+            by = next(p for p in upstream if p.name == verdict.policy)
+            assert subject.replica.fidelity == "exact" or by.delete_adapter_only
         elif subject.remote is not None:
             assert subject.remote.expires_at is None
+            assert not subject.pinned
+        else:
+            assert not subject.deleted_by_us
     groups: dict[Any, list[Member]] = {}
     for m in members:
         if m.remote is not None:
             groups.setdefault((m.path.run_id, m.path.segment), []).append(m)
     left = {v.path for v in going if v.side == "remote"}
+    if not apart:
+        for v in going:
+            twins = {
+                m.path for m in members if m.remote and (m.path.run_id, m.path.name) == (v.path.run_id, v.path.name)
+            }
+            assert v.side == "local" or twins <= left
+    limited = replace(chosen, max_deletes=3, max_delete_fraction=0.3)
+    permitted = [v for v in decide(members, limited).permitted if v.side == "remote"]
+    listed = sum(1 for m in members if m.remote is not None)
+    assert len(permitted) <= 3
+    assert len(permitted) < 10 or len(permitted) <= 0.3 * listed
+    assert (
+        len(
+            [
+                v
+                for v in plan_retention(members, limited, now=NOW, complete=True, allow=1).permitted
+                if v.side == "remote"
+            ]
+        )
+        <= 1
+    )
+    assert all(v.action == "keep" for v in plan_retention(members, chosen, now=NOW, complete=False).verdicts)
     for group in groups.values():
         newest = max(m.time for m in group)
         assert any(m.time == newest and m.path not in left for m in group)
@@ -422,8 +554,7 @@ def test_deciding_twice_is_deciding_once_and_short_lived_change_nothing(
     chosen = rules(upstream)
     going = {v.path for v in decide(members, chosen).verdicts if v.action != "keep"}
     rest = [m for m in members if m.path not in going]
-    if not (upstream.keep_slots or upstream.keep_best):
-        assert not {v.path for v in decide(rest, chosen).verdicts if v.action != "keep"}
+    assert not {v.path for v in decide(rest, chosen).verdicts if v.action != "keep"}
     lasting = [m for m in members if not m.short_lived]
     alone = {v.path for v in decide(lasting, chosen).verdicts if v.action != "keep"}
     assert alone == {path for path in going if path in {m.path for m in lasting}}

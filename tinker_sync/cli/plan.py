@@ -40,9 +40,15 @@ _SHOWN_PER_RUN = 40
 
 
 async def show(
-    settings: Settings, *, at: str | None = None, diff: Path | None = None, allow: int | None = None, as_json: bool
+    settings: Settings,
+    *,
+    at: str | None = None,
+    diff: Path | None = None,
+    allow: int | None = None,
+    as_json: bool,
+    more: Mapping[str, object] | None = None,
 ) -> int:
-    """Plan against a fresh listing, and print it."""
+    """Plan against a fresh listing, and print it; `more` are further keys of the JSON document."""
     now = _moment(at)
     _check_root(settings)
     other = load_settings(diff, root=settings.root) if diff is not None else None
@@ -70,6 +76,7 @@ async def show(
                 "complete": complete,
                 "breaker": None if plan.breaker is None else plan.breaker.as_json(),
                 "verdicts": [_as_json(verdict) for verdict in plan.verdicts],
+                **({} if more is None else {**more, "listed": len(rows)}),
             }
         )
     else:

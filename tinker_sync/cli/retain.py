@@ -12,6 +12,7 @@ from tinker_sync.errors import FixFirst, TinkerSyncError
 from tinker_sync.journal import examine, read_events
 from tinker_sync.model.checkpoint import Listing
 from tinker_sync.model.moments import parse_time, rfc3339
+from tinker_sync.passes import PassResult
 from tinker_sync.wiring import (
     Silent,
     check_owner,
@@ -31,7 +32,9 @@ if TYPE_CHECKING:
 async def prune(settings: Settings, *, apply: bool, allow: int | None, as_json: bool) -> int:
     """Enforce retention now, or show what that would do."""
     if not apply:
-        return await planning.show(settings, allow=allow, as_json=as_json)
+        nothing = PassResult().as_json()
+        more = {key: value for key, value in nothing.items() if key not in ("complete", "breaker", "service_error")}
+        return await planning.show(settings, allow=allow, as_json=as_json, more=more)
     async with open_service(settings) as service:
         await service.credentials.headers()
         with open_root(settings, command="prune", account=service.credentials.account) as root:
