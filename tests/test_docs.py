@@ -36,11 +36,11 @@ def test_every_command_is_in_the_readme() -> None:
 
 
 def test_every_documented_call_has_a_remote_command() -> None:
-    """Reading ones and publishing; deleting and TTLs come with retention."""
+    """Reading, publishing, deleting, TTLs."""
     have = set(typer.main.get_command(remote.app).commands)  # type: ignore[attr-defined]
     assert have >= {
         "runs", "run", "checkpoints", "weights-info", "archive-url", "external-urls", "sessions", "session", "sampler",
-        "capabilities", "usage", "publish", "unpublish",
+        "capabilities", "usage", "publish", "unpublish", "delete", "set-ttl",
     }  # fmt: skip
 
 
