@@ -11,7 +11,7 @@ import tempfile
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from tinker_sync.cli import render, work
+from tinker_sync.cli import plan, render, retain, work
 from tinker_sync.config import FileSettings, Settings
 from tinker_sync.sandbox import Fault, Payload, Sandbox, adapter
 from tinker_sync.wiring import Silent
@@ -42,11 +42,17 @@ def _write_config(home: Path, root: Path, sandbox: Sandbox) -> Settings:
     key.write_text(sandbox.key + "\n")
     key.chmod(0o600)
     (home / "config.toml").write_text(
-        f'[tinker]\nbase_url = "{sandbox.base_url}"\napi_key_file = "{key}"\n\n'
-        f'[mirror]\nroot = "{root}"\nmin_free = "0"\n'
+        f'[tinker]\nbase_url = "{sandbox.base_url}"\napi_key_file = "{key}"\ntypes_apart = true\n\n'
+        f'[mirror]\nroot = "{root}"\nmin_free = "0"\n\n[retention]\nmin_age = "1m"\n\n'
+        '[[retention.remote]]\nname = "samplers"\ntypes = ["sampler"]\nkeep_last = 1\nkeep_names = ["best*"]\n'
     )
     return FileSettings(
-        tinker={"base_url": sandbox.base_url, "api_key_file": str(key)}, mirror={"root": str(root), "min_free": 0}
+        tinker={"base_url": sandbox.base_url, "api_key_file": str(key), "types_apart": True},
+        mirror={"root": str(root), "min_free": 0},
+        retention={
+            "min_age": "1m",
+            "remote": [{"name": "samplers", "types": ["sampler"], "keep_last": 1, "keep_names": ["best*"]}],
+        },
     )
 
 
@@ -86,7 +92,19 @@ async def _scenes(sandbox: Sandbox, settings: Settings, home: Path) -> bool:
     good &= await work.verify(settings, [], repair=False, as_json=False) == 0
     await asyncio.sleep(_PAUSE)
 
-    _say("6  What is on the disk: a replica's directory is its tinker path")
+    _say("6  tinker-sync plan: what the policies would let go upstream, and why; it changes nothing")
+    good &= await plan.show(settings, as_json=False) == 0
+    await asyncio.sleep(_PAUSE)
+
+    _say("7  tinker-sync prune --apply: each only after its copy was read back; the journal has the proof")
+    good &= await retain.prune(settings, apply=True, allow=None, as_json=False) == 0
+    good &= retain.history(
+        settings, paths=[], events=["delete.intent"], since=None, limit=3, check=False, as_json=False
+    ) == 0  # fmt: skip
+    good &= len(account.deleted) == 3
+    await asyncio.sleep(_PAUSE)
+
+    _say("8  What is on the disk: a replica's directory is its tinker path")
     _print_tree(settings.root)
     command = f"{sys.argv[0]} --config {home / 'config.toml'}"
     _say("Everything is in " + str(home))

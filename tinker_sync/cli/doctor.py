@@ -19,7 +19,7 @@ from tinker_sync.destination.space import free_bytes
 from tinker_sync.errors import BeingMade, FixFirst, NotFound, NotServed, TinkerSyncError
 from tinker_sync.model.checkpoint import Listing
 from tinker_sync.model.paths import CHECKPOINT_TYPES
-from tinker_sync.wiring import LOCK_FILE, SystemClock, make_account, open_service
+from tinker_sync.wiring import LOCK_FILE, SystemClock, make_account, open_service, types_known_apart
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -202,7 +202,7 @@ async def _check_type(settings: Settings, service: Service, kind: str, row: Chec
 
 def _check_twins(settings: Settings, rows: tuple[Checkpoint, ...], report: _Report) -> None:
     """On servers that keep both types of a name in one place, deleting one deletes both."""
-    if "thinkingmachines.dev" in settings.base_url:
+    if types_known_apart(settings):
         return
     types: dict[tuple[str, str], set[str]] = {}
     for row in rows:
@@ -212,6 +212,7 @@ def _check_twins(settings: Settings, rows: tuple[Checkpoint, ...], report: _Repo
         run, name = twins[0]
         detail = (
             f"{len(twins)} names exist in two types ({run}/{name}); some servers keep both in one place, "
-            "so that deleting one deletes both"
+            "so that deleting one deletes both. Until it is known, they go together or not at all; "
+            "[tinker] types_apart = true says that you know"
         )
         report.add("names", "warning", detail)

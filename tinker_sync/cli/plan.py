@@ -276,8 +276,8 @@ def _tell(decision: Decision, settings: Settings, price: float | None, now: date
         governed = [verdict for verdict in verdicts if verdict.policy is not None]
         ordered = sorted(governed, key=lambda verdict: (verdict.action == "keep", verdict.path))
         render.table(
-            ("checkpoint", "side", "would", "age", "size", "why"),
-            [_row(verdict, members[verdict.path], now) for verdict in ordered[:_SHOWN_PER_RUN]],
+            ("checkpoint", "side", "would", "age", "size", "per month", "why"),
+            [_row(verdict, members[verdict.path], now, price) for verdict in ordered[:_SHOWN_PER_RUN]],
         )
         if len(ordered) > _SHOWN_PER_RUN:
             render.say(f"  … {len(ordered) - _SHOWN_PER_RUN} more, see --json")
@@ -294,13 +294,15 @@ def _tell(decision: Decision, settings: Settings, price: float | None, now: date
         render.say("nothing was changed; `tinker-sync prune --apply` carries it out ([retention] enforce is off)")
 
 
-def _row(verdict: Verdict, member: Member, now: datetime) -> tuple[str, ...]:
+def _row(verdict: Verdict, member: Member, now: datetime, price: float | None) -> tuple[str, ...]:
+    costs = verdict.side == "remote" and price is not None
     return (
         f"{verdict.path.segment}/{verdict.path.name}",
         verdict.side,
         verdict.action,
         render.ago(member.time, now),
         render.size(member.size_bytes),
+        f"${member.size_bytes / 1e9 * (price or 0):,.2f}" if costs else "",
         "; ".join(reason.detail or reason.why for reason in verdict.reasons[:3]),
     )
 
