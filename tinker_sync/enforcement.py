@@ -192,14 +192,15 @@ class Enforcer:
         return found
 
     def _shrank(self, found: Listing) -> bool:
-        before = self._catalog.counts()["upstream"]
-        if before == 0 or len(found.checkpoints) >= before:
-            return False
+        known = self._catalog.known()
+        most = self._settings.max_shrink_fraction * len(known.first_expiry)
         shown = {row.path for row in found.checkpoints}
+        if sum(1 for path in known.first_expiry if path not in shown) <= most:
+            return False
         gone = [row for row in self._catalog.listed() if row.path not in shown]
-        holdings = Holdings(known=self._catalog.known(), deeds=self._catalog.deeds())
+        holdings = Holdings(known=known, deeds=self._catalog.deeds())
         lost = unexplained(gone, holdings, now=self._clock.now(), short_ttl=self._settings.short_ttl)
-        return len(lost) > self._settings.max_shrink_fraction * before
+        return len(lost) > most
 
     async def _settle(self, listing: Listing, gone: Sequence[Checkpoint]) -> None:
         """Confirm what was done by what is listed now; find what went besides."""

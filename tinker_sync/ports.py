@@ -309,10 +309,6 @@ class Catalog(Protocol):
         """Record what was shown; with `complete`, also what is gone, which it returns. Writes only differences."""
         ...
 
-    def counts(self) -> Mapping[str, int]:
-        """`upstream`, the number of rows shown last, and other small numbers."""
-        ...
-
     def listed(self) -> Sequence[Checkpoint]:
         """What the service showed last."""
         ...

@@ -21,7 +21,7 @@ from datetime import timedelta
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Final, Literal
 
-from tinker_sync.model.moments import UNKNOWN_TIME, rfc3339
+from tinker_sync.model.moments import FAR_FUTURE, UNKNOWN_TIME, rfc3339
 from tinker_sync.model.work import Replica
 
 if TYPE_CHECKING:
@@ -575,6 +575,8 @@ def _remote_guards(member: Member, rules: RetentionRules, now: datetime, policy:
         yield Reason("withheld", member.withheld)
     if remote is None:
         return
+    if remote.expires_at == FAR_FUTURE:
+        yield Reason("unknown", "its expiry cannot be read")
     if remote.public:
         yield Reason("public", "it is public: others may use it")
     if member.ttl_is_ours:
