@@ -134,7 +134,8 @@ def test_trash_from_the_shell(site: Site) -> None:
     assert json.loads(do("trash", "empty", "--json").stdout)["bytes"] > 0
     assert json.loads(do("trash", "ls", "--json").stdout)["trash"] == []
     events = [event["event"] for event in json.loads(do("history", "--event", "local", "--json").stdout)["events"]]
-    assert events == ["local.trashed"] * 4 + ["local.restored"] * 2 + ["local.emptied"] * 2
+    moved = ["local.intent", "local.trashed"] * 4 + ["local.intent", "local.restored"] * 2
+    assert events == moved + ["local.emptied"] * 2
 
 
 def test_remote_delete_goes_through_enforcement(site: Site) -> None:

@@ -494,7 +494,7 @@ async def test_accident_a_crash_between_intent_and_outcome(lab: Site, *, done: b
 
 
 @pytest.mark.parametrize("done", [True, False])
-async def test_accident_a_lost_answer(lab: Site, *, done: bool) -> None:
+async def test_accident_a_lost_answer(lab: Site, clock: MovedClock, *, done: bool) -> None:
     """The connection ends before the answer: looking tells."""
     paths = series(lab)
     lab.sandbox.faults.append(Fault("deleted" if done else "delete", "drop", match=paths[0].name))
@@ -503,6 +503,7 @@ async def test_accident_a_lost_answer(lab: Site, *, done: bool) -> None:
     assert upstream(lab) == {"000004", "000005"} | (set() if done else {"000000"})
     assert (result.exit_code, paths[0] in result.enforced.failed) == ((0, False) if done else (1, True))
     lab.sandbox.faults.clear()
+    clock.at += minutes_ago(11)
     await lab.sync()
     assert upstream(lab) == {"000004", "000005"}
 

@@ -188,7 +188,7 @@ def test_the_catalog_comes_to_what_folding_comes_to(told: list[dict[str, Any]]) 
         for n, item in enumerate(told):
             one.apply([((1, n), item)])
         two.apply([((1, n), item) for n, item in enumerate(told)])
-        assert one.deeds() == two.deeds() == ({} if expected is None else {PATH: expected})
+        assert one.deeds() == two.deeds() == ({} if expected is None else {expected.key: expected})
         assert one.journal_position() == two.journal_position()
 
 

@@ -192,6 +192,14 @@ class MirrorSection(Section):
     extend_ttl_max: Duration = timedelta(days=14)
     verify_every: Duration = timedelta(days=30)
 
+    @field_validator("extend_ttl_max")
+    @classmethod
+    def _is_a_ttl(cls, value: timedelta) -> timedelta:
+        if not LEAST_TTL <= value <= MOST_TTL:
+            message = "a TTL is 1h to 3650d"
+            raise ValueError(message)
+        return value
+
 
 class PollSection(Section):
     """[poll]: how often the service looks."""

@@ -22,7 +22,13 @@ import structlog
 
 from tinker_sync.errors import (
     BillingBlocked,
+    DiskTrouble,
+    FixFirst,
+    NotAllowed,
     NotFound,
+    NotServed,
+    Overloaded,
+    ProtocolBroken,
     RequestRefused,
     ServiceTrouble,
     TinkerSyncError,
@@ -35,7 +41,7 @@ from tinker_sync.model.moments import rfc3339
 from tinker_sync.retention import Policy, duration, not_worth_copying, plan_retention
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
     from concurrent.futures import Executor
     from datetime import datetime
 
@@ -61,6 +67,14 @@ LAST_READ: Final = timedelta(hours=6)
 """Before the end of our TTL; within it the replica is read once more."""
 TTL_LEAST: Final = 3600
 """Seconds; the API takes no shorter one."""
+FAILED_FOR: Final = timedelta(minutes=10)
+"""For so long a delete that failed is not tried again."""
+UNSEEN_FOR: Final = timedelta(hours=1)
+"""For so long a listing may still show the expiry from before our TTL."""
+AGAIN_AFTER: Final = 2.0
+"""Seconds after which a call that never got through is made once more."""
+_NEAR: Final = timedelta(minutes=10)
+"""How far two clocks may be apart; one that is further off proves no listing."""
 _SAME_MOMENT: Final = timedelta(seconds=2)
 
 
@@ -101,6 +115,8 @@ class Enforced:
     breaker: Breaker | None = None
     stopped: str | None = None
     over_bytes: int = 0
+    error: str | None = None
+    """What is wrong on this side, so that nothing was let go: the pins, the journal, the state's disk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +186,11 @@ class Enforcer:
         self._settings = settings
         self._apart: bool | None = None
         self._by_hand = False
+        self._lost: set[TinkerPath] = set()
+        """Calls of this pass that never got through, as far as looking tells."""
+        self._of_runs: dict[str, Holdings] = {}
+        self.trouble: TinkerSyncError | None = None
+        """What is wrong on this side, pins or journal: it ends retention, and not the copying."""
         self.result = Enforced()
 
     # Listing
@@ -186,9 +207,14 @@ class Enforcer:
             found = await self._account.list()
         complete = isinstance(found, Listing)
         observing = partial(self._catalog.observe, found.checkpoints, found.seen_at, complete=complete)
-        gone = await self._index(observing)
+        await self._index(observing)
         if isinstance(found, Listing):
-            await self._settle(found, gone)
+            try:
+                await self._settle(found)
+                await self._watch(found)
+            except (FixFirst, DiskTrouble) as error:  # no reason not to copy; retention raises it again
+                self.trouble = error
+                log.error("retention.trouble", error=str(error))  # noqa: TRY400 - told in words
         return found
 
     def _shrank(self, found: Listing) -> bool:
@@ -202,38 +228,36 @@ class Enforcer:
         lost = unexplained(gone, holdings, now=self._clock.now(), short_ttl=self._settings.short_ttl)
         return len(lost) > most
 
-    async def _settle(self, listing: Listing, gone: Sequence[Checkpoint]) -> None:
-        """Confirm what was done by what is listed now; find what went besides."""
+    async def _settle(self, listing: Listing) -> None:
+        """Judge what went besides, then confirm by this listing what was done."""
+        await self._look_for_losses()
         rows: dict[TinkerPath, Checkpoint] | None = None
-        touched: set[str] = set()
         for deed in await self._index(self._catalog.unsettled_deeds):
             if rows is None:
                 rows = {row.path: row for row in listing.checkpoints}
             row = rows.get(deed.path)
-            same = row is not None and deed.concerns(row)
+            same = row if row is not None and deed.concerns(row) else None
             if deed.state in OPEN:
-                await self._resolve(deed)
-                touched.add(deed.path.run_id)
+                await self._resolve(deed, same)
             elif deed.state == "deleted":
-                touched.add(deed.path.run_id)
-                if not same:
+                if same is None:
                     await self._note("delete.confirmed", _of(deed), listed_at=rfc3339(listing.seen_at))
             elif deed.state == "under-ttl":
-                await self._settle_ttl(deed, row if same else None, row, listing)
-        if gone and touched:
-            await self._look_for_losses([row for row in gone if row.path.run_id in touched])
+                await self._settle_ttl(deed, same, row, listing)
 
     async def _settle_ttl(self, deed: Deed, row: Checkpoint | None, other: Checkpoint | None, listing: Listing) -> None:
         """A TTL that we set, by the listing: running, run out, changed by somebody, or on an overwritten path."""
         ours = deed.action in ("expire", "set-ttl")
         if row is not None:
-            if deed.detail != "seen" and row.expires_at is not None:
+            if deed.detail != "seen" and row.expires_at is not None and _near(row.expires_at, deed.ends_at):
                 await self._note("ttl.confirmed", _of(deed), ends_at=rfc3339(row.expires_at))
-            elif row.expires_at is None or not _same(row.expires_at, deed.ends_at):
-                await self._note("ttl.over", _of(deed), answer="its expiry was changed by somebody else")
+            elif not _same(row.expires_at, deed.ends_at):
+                late = _same(row.expires_at, deed.former_expires_at) and deed.detail != "seen"
+                if not late or self._clock.now() - deed.at > UNSEEN_FOR:
+                    await self._note("ttl.over", _of(deed), answer="its expiry was changed by somebody else")
         elif other is not None:
             if ours and _same(other.expires_at, deed.ends_at):
-                await self._restore(other, deed, "the path was overwritten and kept our TTL")
+                await self._restore(deed, "the path was overwritten and kept our TTL", other)
             else:
                 await self._note("ttl.over", _of(deed), answer="the path was overwritten")
         elif ours:
@@ -241,22 +265,35 @@ class Enforcer:
         else:
             await self._note("ttl.over", _of(deed), answer="expired")
 
-    async def _look_for_losses(self, gone: Sequence[Checkpoint]) -> None:
-        """A delete that took something else with it stops everything until a person has looked."""
-        deeds = await self._index(self._catalog.deeds)
-        lost = unexplained(gone, Holdings(deeds=deeds), now=self._clock.now(), short_ttl=self._settings.short_ttl)
+    async def _look_for_losses(self) -> None:
+        """A delete that took something else with it stops everything until a person has looked.
+
+        What went is set aside in the transaction that forgets it, and stays so until it is judged: nothing that happens
+        between can hide a loss.
+        """
+        suspects = await self._index(self._catalog.suspects)
+        if not suspects:
+            return
+        holdings = Holdings(deeds=await self._index(self._catalog.deeds))
+        lost = unexplained(suspects, holdings, now=self._clock.now(), short_ttl=self._settings.short_ttl)
         if lost:
             names = ", ".join(str(row.path) for row in lost[:5])
-            await self._stop(f"beside what was deleted, this is gone too and nothing explains it: {names}", lost)
+            reason = f"beside what was deleted, this is gone too and nothing explains it: {names}"
+            self.result.stopped = reason
+            log.error("enforcement.stopped", reason=reason)
+            await self._note("enforcement.stopped", {}, reason=reason, lost=[str(row.path) for row in lost])
+            try:
+                await self._index(partial(self._safeguards.stop, reason, self._clock.now()))
+            except OSError as error:
+                message = f"the stop flag cannot be written ({error.strerror}), and it is needed: {reason}"
+                raise DiskTrouble(message) from error
+        await self._note("enforcement.judged", {}, lost=len(lost))
 
-    async def _stop(self, reason: str, lost: Iterable[Checkpoint]) -> None:
-        await self._index(partial(self._safeguards.stop, reason, self._clock.now()))
-        await self._note("enforcement.stopped", {}, reason=reason, lost=[str(row.path) for row in lost])
-        self.result.stopped = reason
-        log.error("enforcement.stopped", reason=reason)
+    async def _resolve(self, deed: Deed, listed: Checkpoint | None) -> None:
+        """An intent without an outcome: a crash, or a lost answer. Looking tells what came of it.
 
-    async def _resolve(self, deed: Deed) -> None:
-        """An intent without an outcome: a crash, or a lost answer. Looking tells what came of it."""
+        The look and the proven listing must agree about what is there; else it stays open until they do.
+        """
         try:
             rows = {row.path: row for row in await self._account.look(deed.path.run_id)}
         except NotFound:
@@ -265,8 +302,12 @@ class Enforcer:
             log.warning("deed.unresolved", checkpoint=str(deed.path), error=str(error))
             return
         row = rows.get(deed.path)
+        same = row if row is not None and deed.concerns(row) else None
+        if (same is None) is not (listed is None):
+            log.warning("deed.unresolved", checkpoint=str(deed.path), error="listing and look differ")
+            return
         event = "delete.outcome" if deed.state == "deleting" else "ttl.outcome"
-        await self._note(event, _of(deed), outcome=_found(deed, row), answer="found by looking")
+        await self._note(event, _of(deed), outcome=_found(deed, same), answer="found by looking")
 
     # Deciding
 
@@ -316,6 +357,7 @@ class Enforcer:
         return Holdings(
             known=self._catalog.known(),
             deeds=self._catalog.deeds(),
+            standing=self._catalog.standing(),
             pins=self._safeguards.pins(),
             base_models=self._destination.base_models() if by_model else {},
             other_bytes=self._catalog.other_bytes(),
@@ -331,6 +373,8 @@ class Enforcer:
         taken back. Raises ServiceTrouble, DiskTrouble, FixFirst.
         """
         result = self.result
+        if self.trouble is not None:
+            raise self.trouble
         if await self._index(self._is_idle):
             if isinstance(found, Listing):
                 await self._empty_trash(self._clock.now())
@@ -347,7 +391,6 @@ class Enforcer:
         standing = {v.path: decision.members[v.path].time for v in going if v.side == "remote"}
         since = await self._index(partial(self._catalog.stand, standing, now))
         stopped = await self._index(self._safeguards.stopped)
-        await self._watch(decision, stopped)
         if stopped is not None:
             result.stopped = stopped
             return result
@@ -393,30 +436,52 @@ class Enforcer:
                 self.result.withheld[verdict.path] = f"its verdict must stand for {duration(rules.grace)}: {left} left"
             else:
                 remote.setdefault(verdict.path.run_id, []).append(verdict)
+        self._of_runs = _by_run(await self._index(self._holdings), {*remote, *local})
         for run_id, verdicts in remote.items():
-            await self._remote_batch(run_id, [(verdict, decision.members[verdict.path]) for verdict in verdicts])
+            batch = [(verdict, decision.members[verdict.path]) for verdict in verdicts]
+            await self._run_by_run(run_id, verdicts, partial(self._remote_batch, run_id, batch))
         for run_id, verdicts in local.items():
-            await self._local_batch(run_id, [(verdict, decision.members[verdict.path]) for verdict in verdicts])
+            batch = [(verdict, decision.members[verdict.path]) for verdict in verdicts]
+            await self._run_by_run(run_id, verdicts, partial(self._local_batch, run_id, batch))
+
+    async def _run_by_run(
+        self, run_id: str, verdicts: Sequence[Verdict], work: Callable[[], Coroutine[Any, Any, None]]
+    ) -> None:
+        """One run that cannot be looked at stops no other."""
+        try:
+            await work()
+        except (RequestRefused, Overloaded, ProtocolBroken) as error:
+            log.warning("run.withheld", run=run_id, error=str(error))
+            done = {*self.result.deleted, *self.result.expired, *self.result.trashed, *self.result.failed}
+            for verdict in verdicts:
+                if verdict.path not in done:
+                    self.result.withheld.setdefault(verdict.path, f"its run cannot be looked at: {error}")
 
     async def _remote_batch(self, run_id: str, batch: Sequence[tuple[Verdict, Member]]) -> None:
         """Prove and let go what may go of one run: one look for all of it."""
         cases = await self._prove(batch)
         if not cases:
             return
-        look = await self._look(run_id)
-        cases = await self._agreed(run_id, cases, look)
-        for twins in await self._with_twins(cases, look):
+        look, standing = await self._judged_look(run_id)
+        for twins in await self._with_twins(self._agreed(cases, standing), look):
             if self._clock.monotonic() - look.at > LOOK_HOLDS:
-                look = await self._look(run_id)
-            standing = [case for case in twins if self._still_there(case, look)]
-            if len(standing) != len(twins) and not await self._apart_now():
-                for case in standing:
+                look, standing = await self._judged_look(run_id)
+            left = [case for case in self._agreed(twins, standing) if self._still_there(case, look)]
+            if len(left) != len(twins) and not await self._apart_now():
+                for case in left:
                     self.result.withheld[case.row.path] = "its twin of the other type cannot go, and may go with it"
-                continue
-            if len(standing) > 1:
-                await self._let_twins_go(standing)
-            elif standing:
-                await self._let_go(standing[0])
+            elif len(left) > 1:
+                await self._let_twins_go(left)
+            elif left and not await self._let_go(left[0]) and left[0].row.path in self._lost:
+                await self._try_again(left[0])
+
+    async def _try_again(self, case: _Case) -> None:
+        """A call that never got through: once more, after everything was looked at anew."""
+        await self._clock.sleep(AGAIN_AFTER)
+        look, standing = await self._judged_look(case.row.path.run_id)
+        if self._agreed([case], standing) and self._still_there(case, look):
+            self.result.failed.pop(case.row.path, None)
+            await self._let_go(case)
 
     async def _prove(self, batch: Sequence[tuple[Verdict, Member]]) -> list[_Case]:
         """Read the replicas back; the damaged ones are marked, and stop nothing but their own delete."""
@@ -470,18 +535,15 @@ class Enforcer:
             rows = ()
         return _Look({row.path: row for row in rows}, at)
 
-    async def _agreed(self, run_id: str, cases: Sequence[_Case], look: _Look) -> list[_Case]:
-        """By what the run shows at this moment the verdicts must still be the same."""
+    async def _judged_look(self, run_id: str) -> tuple[_Look, set[TinkerPath]]:
+        """A look, and what by what it shows at this moment may still go."""
+        look = await self._look(run_id)
 
         def again() -> set[TinkerPath]:
-            holdings = self._holdings()
-            known = replace(
-                holdings.known,
-                replicas={path: item for path, item in holdings.known.replicas.items() if path.run_id == run_id},
-            )
+            holdings = self._of_runs.get(run_id, Holdings())
             decision = decide(
                 look.rows.values(),
-                replace(holdings, known=known),
+                replace(holdings, pins=self._safeguards.pins(), deeds=self._catalog.deeds()),
                 replace(self._settings.rules, max_bytes=0),
                 now=self._clock.now(),
                 complete=True,
@@ -489,7 +551,10 @@ class Enforcer:
             )
             return {v.path for v in decision.plan.verdicts if v.side == "remote" and v.action != "keep"}
 
-        standing = await self._index(again)
+        return look, await self._index(again)
+
+    def _agreed(self, cases: Sequence[_Case], standing: set[TinkerPath]) -> list[_Case]:
+        """By what the run shows at this moment the verdicts must still be the same."""
         agreed = [case for case in cases if case.unproven or case.row.path in standing]
         for case in cases:
             if case not in agreed:
@@ -547,20 +612,31 @@ class Enforcer:
                 await self._let_go(case)
             return
         first, *others = twins
+        intended = []
         for case in others:
             if not await self._intend(case, with_twin=str(first.row.path)):
-                return
-        done = await self._let_go(first)
-        look = await self._look(first.row.path.run_id)
-        for case in others:
-            if case.row.path not in look.rows and done:
+                break
+            intended.append(case)
+        done = len(intended) == len(others) and await self._let_go(first)
+        look = await self._look(first.row.path.run_id) if done else None
+        rest = []
+        for case in intended:
+            if look is None:
+                await self._outcome(case, "not-done", "its twin of the other type was not deleted")
+                self.result.withheld[case.row.path] = "its twin of the other type was not deleted, and may go with it"
+            elif case.row.path not in look.rows:
                 await self._outcome(case, "gone", f"it went with {first.row.path.checkpoint_id}")
                 await self._learn(apart=False)
-                continue
-            if done and await self._account.serves(case.row) is True:
-                await self._learn(apart=True)
-            await self._outcome(case, "not-done", "the other type was tried first")
-            await self._let_go(case)
+            else:
+                await self._outcome(case, "not-done", "the other type was tried first")
+                if await self._account.serves(look.rows[case.row.path]) is True:
+                    await self._learn(apart=True)
+                rest.append(case)
+        if rest:
+            now, standing = await self._judged_look(first.row.path.run_id)
+            for case in self._agreed(rest, standing):
+                if self._still_there(case, now):
+                    await self._let_go(case)
 
     async def _learn(self, *, apart: bool) -> None:
         """Remember whether this server keeps the types of a name apart."""
@@ -579,14 +655,23 @@ class Enforcer:
         if case.verdict.action == "delete":
             outcome, answer = await self._ask(case, self._remover.delete(path))
         else:
-            seconds = max(TTL_LEAST, int(self._settings.rules.grace.total_seconds()))
-            outcome, answer = await self._ask(case, self._remover.set_ttl(path, seconds))
+            outcome, answer = await self._ask(case, self._remover.set_ttl(path, self._ttl_of(case)))
         await self._outcome(case, outcome, answer)
         return outcome in ("deleted", "gone", "set")
+
+    def _ttl_of(self, case: _Case) -> int:
+        """Seconds of the TTL to set: `grace`, never later than the present expiry; 0 when the API takes none so short."""
+        seconds = int(self._settings.rules.grace.total_seconds())
+        if case.row.expires_at is not None:
+            seconds = min(seconds, int((case.row.expires_at - self._clock.now()).total_seconds()))
+        return seconds if seconds >= TTL_LEAST else 0
 
     async def _intend(self, case: _Case, *, with_twin: str | None = None) -> bool:
         """Write down what is meant; False when it was pinned. Raises _Halt, DiskTrouble, FixFirst: nothing is sent then."""
         if not await self._may_go(case.row.path):
+            return False
+        if case.verdict.action == "expire" and not self._ttl_of(case):
+            self.result.withheld[case.row.path] = "it expires within the hour by itself"
             return False
         now, read = self._clock.now(), case.read
         facts: dict[str, Any] = {
@@ -610,7 +695,7 @@ class Enforcer:
         if case.verdict.action == "delete":
             await self._note("delete.intent", facts)
         else:
-            ends = now + timedelta(seconds=max(TTL_LEAST, int(self._settings.rules.grace.total_seconds())))
+            ends = now + timedelta(seconds=self._ttl_of(case))
             await self._note("ttl.intent", facts, ends_at=rfc3339(ends))
         return True
 
@@ -626,29 +711,34 @@ class Enforcer:
 
     async def _ask(self, case: _Case, call: Any) -> tuple[str, str]:
         """Make the call; an answer that was lost is resolved by looking. Returns outcome and answer."""
-        wanted = "deleted" if case.verdict.action == "delete" else "set"
+        path, deleting = case.row.path, case.verdict.action == "delete"
+        self._lost.discard(path)
         try:
             await call
         except NotFound:
-            return "gone", "404"
+            if deleting:
+                return "gone", "404"
+            there = path in (await self._look(path.run_id)).rows
+            return ("refused", "404: this server sets no TTL") if there else ("gone", "404")
         except BillingBlocked as error:
             return "failed", str(error)
         except RequestRefused as error:
             return ("failed" if error.status == 409 else "refused"), str(error)
         except ServiceTrouble as error:
-            look = await self._look(case.row.path.run_id)  # when that fails too, the intent stays open
-            now = look.rows.get(case.row.path)
+            now = (await self._look(path.run_id)).rows.get(path)  # when that fails too, the intent stays open
             if now is None or not now.identity.matches(case.row.identity):
                 return "gone", f"the answer was lost ({error}); it is no longer there"
-            if wanted == "set" and now.expires_at != case.row.expires_at:
+            if not deleting and now.expires_at != case.row.expires_at:
                 return "set", f"the answer was lost ({error}); it has the TTL"
+            self._lost.add(path)
             return "failed", str(error)
-        return wanted, "ok"
+        return ("deleted" if deleting else "set"), "ok"
 
     async def _outcome(self, case: _Case, outcome: str, answer: str) -> None:
         path, facts = case.row.path, object_facts(case.row)
-        if outcome == "refused":
-            facts["retry_at"] = rfc3339(self._clock.now() + REFUSED_FOR)
+        if outcome in ("refused", "failed"):
+            hold = REFUSED_FOR if outcome == "refused" else FAILED_FOR
+            facts["retry_at"] = rfc3339(self._clock.now() + hold)
         event = "delete.outcome" if case.verdict.action == "delete" else "ttl.outcome"
         await self._note(event, facts, outcome=outcome, answer=answer)
         if outcome in ("deleted", "gone"):
@@ -663,38 +753,58 @@ class Enforcer:
 
     # Our TTLs
 
-    async def _watch(self, decision: Decision, stopped: str | None) -> None:
+    async def _watch(self, found: Listing) -> None:
         """What runs out by our TTL: read its replica again daily and before the end, and restore it when it must stay."""
-        watched = [member for member in decision.members.values() if member.ttl_is_ours]
+        watched = [deed for deed in await self._index(self._catalog.unsettled_deeds) if deed.is_ours_to_undo]
         if not watched:
             return
-        deeds = await self._index(self._catalog.deeds)
+        decision = await self.decide(found)
+        stopped = await self._index(self._safeguards.stopped)
         reasons = {verdict.path: verdict.reasons for verdict in decision.plan.verdicts if verdict.side == "remote"}
-        for member in watched:
-            deed, row = deeds.get(member.path), member.remote
-            if deed is None or row is None or not deed.is_ours_to_undo:
-                continue
-            why = next((reason.detail for reason in reasons[member.path] if reason.why != "expiring"), stopped)
-            if why is None and member.replica is not None and self._reread_due(deed, member.replica):
-                defects = judge_proof(member.replica, await self._read(member.replica, lambda _: None))
-                why = f"its replica is not whole: {defects[0]}" if defects else None
-            if why is not None:
-                await self._restore(row, deed, why)
+        halt = threading.Event()
+
+        def going_on(_: int) -> None:
+            if halt.is_set():
+                raise _Stopped
+
+        try:
+            for deed in watched:
+                member = decision.members.get(deed.path)
+                if member is None or not member.ttl_is_ours or self._clock.now() < (deed.retry_at or deed.at):
+                    continue
+                why = next((reason.detail for reason in reasons[member.path] if reason.why != "expiring"), stopped)
+                if why is None and member.replica is not None and self._reread_due(deed, member.replica):
+                    defects = judge_proof(member.replica, await self._read(member.replica, going_on))
+                    why = f"its replica is not whole: {defects[0]}" if defects else None
+                if why is not None:
+                    await self._restore(deed, why)
+        finally:
+            halt.set()  # a thread cannot be cancelled: it ends at its next piece
 
     def _reread_due(self, deed: Deed, replica: Replica) -> bool:
         now = self._clock.now()
         if now - replica.verified_at >= REREAD_EVERY:
             return True
-        last = None if deed.ends_at is None else deed.ends_at - LAST_READ
+        before = min(LAST_READ, self._settings.rules.grace / 4)
+        last = None if deed.ends_at is None else deed.ends_at - before
         return last is not None and replica.verified_at < last <= now
 
-    async def _restore(self, row: Checkpoint, deed: Deed, why: str) -> None:
-        """Give a checkpoint back the expiry that it had before our TTL."""
-        former = deed.former_expires_at
-        seconds = None
-        if former is not None:
-            seconds = max(TTL_LEAST, int((former - self._clock.now()).total_seconds()))
-        facts = object_facts(row)
+    async def _restore(self, deed: Deed, why: str, other: Checkpoint | None = None) -> None:
+        """Give a checkpoint back the expiry that it had before our TTL, while it still is under it.
+
+        `other` is what has overwritten the path since and kept our TTL.
+        """
+        now, former = self._clock.now(), deed.former_expires_at
+        try:
+            row = (await self._look(deed.path.run_id)).rows.get(deed.path)
+        except (RequestRefused, ServiceTrouble) as error:
+            self.result.failed[deed.path] = f"its former expiry could not be restored: {error}"
+            return
+        wanted = row is not None and (deed.concerns(row) if other is None else other.identity.matches(row.identity))
+        if row is None or not wanted or not _near(row.expires_at, deed.ends_at):
+            return  # gone, another one, or no longer under our TTL: the next listing settles it
+        seconds = None if former is None else max(TTL_LEAST, int((former - now).total_seconds()))
+        facts = _of(deed)
         expiries = {
             "former_expires_at": None if former is None else rfc3339(former),
             "ends_at": None if deed.ends_at is None else rfc3339(deed.ends_at),
@@ -703,7 +813,8 @@ class Enforcer:
         try:
             await self._remover.set_ttl(row.path, seconds)
         except (RequestRefused, ServiceTrouble) as error:
-            await self._note("ttl.outcome", facts, outcome="failed", answer=str(error))
+            retry = rfc3339(now + FAILED_FOR)
+            await self._note("ttl.outcome", facts, outcome="failed", answer=str(error), retry_at=retry)
             self.result.failed[row.path] = f"its former expiry could not be restored: {error}"
             log.error("checkpoint.not_restored", checkpoint=str(row.path), error=str(error))  # noqa: TRY400 - told in words
             return
@@ -713,13 +824,14 @@ class Enforcer:
 
     async def rescue(self, rows: Sequence[Checkpoint]) -> None:
         """Give what would expire before it can be copied a longer life, once each. Needs rows of a proven listing."""
-        deeds = await self._index(self._catalog.deeds)
+        deeds = await self._index(self._catalog.deeds) if rows else {}
+        now = self._clock.now()
         for row in rows:
-            deed = deeds.get(row.path)
-            if deed is not None and deed.concerns(row) and deed.state in ("under-ttl", "withheld", *OPEN):
+            deed = deeds.get((row.path, row.identity.time))
+            if deed is not None and (deed.state != "withheld" or deed.retry_at is None or deed.retry_at > now):
                 continue
-            seconds = max(TTL_LEAST, int(self._settings.extend_ttl_max.total_seconds()))
-            ends = self._clock.now() + timedelta(seconds=seconds)
+            seconds = int(self._settings.extend_ttl_max.total_seconds())
+            ends = now + timedelta(seconds=seconds)
             if row.expires_at is None or row.expires_at >= ends:
                 continue
             facts = object_facts(row)
@@ -728,8 +840,9 @@ class Enforcer:
             try:
                 await self._remover.set_ttl(row.path, seconds)
             except (RequestRefused, ServiceTrouble) as error:
-                retry = rfc3339(self._clock.now() + REFUSED_FOR) if isinstance(error, RequestRefused) else None
-                await self._note("ttl.outcome", facts, outcome="failed", answer=str(error), retry_at=retry)
+                for_good = isinstance(error, NotAllowed | NotServed | NotFound)
+                retry = {"retry_at": rfc3339(now + REFUSED_FOR)} if for_good else {}
+                await self._note("ttl.outcome", facts, outcome="failed", answer=str(error), **retry)
                 log.warning("checkpoint.not_extended", checkpoint=str(row.path), error=str(error))
                 continue
             await self._note("ttl.outcome", facts, outcome="set", answer="ok")
@@ -757,30 +870,32 @@ class Enforcer:
 
     async def _retire(self, verdict: Verdict, replica: Replica) -> None:
         loop = asyncio.get_running_loop()
-        try:
-            entry = await loop.run_in_executor(self._readers, self._destination.retire, replica.directory)
-        except TinkerSyncError as error:
-            self.result.failed[replica.path] = f"not moved to the trash: {error}"
-            log.error("replica.not_trashed", checkpoint=str(replica.path), error=str(error))  # noqa: TRY400 - told in words
-            return
-        await self._index(partial(self._catalog.remove_replica, replica.directory))
         facts: dict[str, Any] = {
             "tinker_path": str(replica.path),
             "checkpoint_time": rfc3339(replica.time),
             "size_bytes": replica.size_bytes,
+            "directory": replica.directory,
         }
+        await self._note("local.intent", facts, action="trash")
+        try:
+            entry = await loop.run_in_executor(self._readers, self._destination.retire, replica.directory)
+        except TinkerSyncError as error:
+            await self._note("local.failed", facts, answer=str(error))
+            self.result.failed[replica.path] = f"not moved to the trash: {error}"
+            log.error("replica.not_trashed", checkpoint=str(replica.path), error=str(error))  # noqa: TRY400 - told in words
+            return
+        await self._index(partial(self._catalog.remove_replica, replica.directory))
         reasons = [reason.why for reason in verdict.reasons]
         more = {"policy": verdict.policy, "reasons": reasons, "manifest_sha256": replica.manifest_sha256}
-        await self._note("local.trashed", facts, entry=entry, directory=replica.directory, by=self._settings.by, **more)
+        await self._note("local.trashed", facts, entry=entry, by=self._settings.by, **more)
         self.result.trashed.append(replica.path)
         log.info("replica.trashed", checkpoint=str(replica.path), policy=verdict.policy, entry=entry)
 
     async def _empty_trash(self, now: datetime) -> None:
         """Delete what has been in the trash for its time."""
         loop = asyncio.get_running_loop()
-        for item in await loop.run_in_executor(self._readers, self._destination.trashed):
-            if now - item.trashed_at < self._settings.trash:
-                break
+        over = now - self._settings.trash
+        for item in await loop.run_in_executor(self._readers, self._destination.trashed, over):
             try:
                 await loop.run_in_executor(self._readers, self._destination.empty, item.entry)
             except TinkerSyncError as error:
@@ -820,6 +935,7 @@ class Enforcer:
             self.result.failed[path] = "the service does not list it: gone, or misspelt"
             return self.result
         verdict = next(v for v in decision.plan.verdicts if v.path == path and v.side == "remote")
+        self._of_runs = _by_run(await self._index(self._holdings), {path.run_id})
         try:
             if not unproven:
                 if verdict.action == "keep":
@@ -869,8 +985,8 @@ def _of(deed: Deed) -> dict[str, Any]:
 
 
 def _found(deed: Deed, row: Checkpoint | None) -> str:
-    """The outcome of an intent, by what is there."""
-    if row is None or not deed.concerns(row):
+    """The outcome of an intent, by the object that is there."""
+    if row is None:
         return "gone"
     if deed.state == "deleting":
         return "not-done"
@@ -883,6 +999,21 @@ def _same(one: datetime | None, other: datetime | None) -> bool:
     if one is None or other is None:
         return one is other
     return abs(one - other) <= _SAME_MOMENT
+
+
+def _near(one: datetime | None, other: datetime | None) -> bool:
+    return one is not None and other is not None and abs(one - other) <= _NEAR
+
+
+def _by_run(holdings: Holdings, runs: Iterable[str]) -> dict[str, Holdings]:
+    """The holdings of single runs, so that deciding about one costs no look at all the others."""
+    replicas: dict[str, dict[TinkerPath, Replica]] = {run_id: {} for run_id in runs}
+    for path, replica in holdings.known.replicas.items():
+        if path.run_id in replicas:
+            replicas[path.run_id][path] = replica
+    return {
+        run_id: replace(holdings, known=replace(holdings.known, replicas=mine)) for run_id, mine in replicas.items()
+    }
 
 
 def _literally(text: str) -> str:

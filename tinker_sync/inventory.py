@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Final
 
-from tinker_sync.model.deeds import GONE, OPEN, Deed
+from tinker_sync.model.deeds import GONE, LEAVING, OPEN, Deed, DeedKey
 from tinker_sync.model.moments import rfc3339
 from tinker_sync.planning import Known, is_short_lived
 from tinker_sync.retention import Member, RetentionPlan, RetentionRules, plan_retention, step_of
@@ -27,7 +27,9 @@ class Holdings:
     """All that this side knows when it decides."""
 
     known: Known = field(default_factory=Known)
-    deeds: Mapping[TinkerPath, Deed] = field(default_factory=dict)
+    deeds: Mapping[DeedKey, Deed] = field(default_factory=dict)
+    standing: Mapping[TinkerPath, tuple[datetime, datetime]] = field(default_factory=dict)
+    """Of what may go upstream: the object's time, and since when."""
     pins: tuple[str, ...] = ()
     base_models: Mapping[str, str] = field(default_factory=dict)
     other_bytes: int = 0
@@ -61,7 +63,15 @@ def decide(
     """What may go, from rows that the service showed. `plan` and enforcement share this."""
     members = make_members(rows, holdings, now=now, short_ttl=short_ttl)
     chosen = holdings.rules(rules)
-    plan = plan_retention(members, chosen, now=now, complete=complete, allow=allow, other_bytes=holdings.other_bytes)
+    plan = plan_retention(
+        members,
+        chosen,
+        now=now,
+        complete=complete,
+        allow=allow,
+        other_bytes=holdings.other_bytes,
+        standing=holdings.standing,
+    )
     return Decision(plan, {member.path: member for member in members})
 
 
@@ -74,7 +84,7 @@ def make_members(
     pinned = pin_matcher(holdings.pins)
     for row in checkpoints:
         replica = known.replicas.get(row.path)
-        deed = deeds.get(row.path)
+        deed = deeds.get((row.path, row.identity.time))
         if deed is not None and not deed.concerns(row):
             deed = None
         found[row.path] = Member(
@@ -86,6 +96,8 @@ def make_members(
             pinned=pinned(row.path),
             ttl_is_ours=deed is not None and deed.state == "under-ttl" and deed.action in ("expire", "set-ttl"),
             withheld="" if deed is None else _withheld(deed, now),
+            declined=deed is not None and deed.state == "declined",
+            leaving=deed is not None and deed.state in LEAVING and deed.action not in ("extend", "restore"),
             base_model=holdings.base_models.get(row.path.run_id) or None,
             user_metadata=row.user_metadata,
             step=step_of(row.path.name),
@@ -93,7 +105,7 @@ def make_members(
     for path, replica in known.replicas.items():
         if path not in found:
             first = replica.first_expires_at
-            deed = deeds.get(path)
+            deed = deeds.get((path, replica.identity.time))
             found[path] = Member(
                 path,
                 replica.time,
@@ -101,9 +113,7 @@ def make_members(
                 replica,
                 short_lived=first is not None and first - replica.time < short_ttl,
                 pinned=pinned(path),
-                deleted_by_us=deed is not None
-                and _took(deed)
-                and deed.time.replace(microsecond=0) == replica.identity.time,
+                deleted_by_us=deed is not None and _took(deed),
                 base_model=holdings.base_models.get(path.run_id) or None,
                 user_metadata=replica.user_metadata,
                 step=step_of(path.name),
@@ -128,8 +138,8 @@ def unexplained(
     """Of what is no longer listed, what neither the journal nor its expiry nor a short life explains."""
     left = []
     for row in gone:
-        deed = holdings.deeds.get(row.path)
-        if deed is not None and _took(deed) and deed.concerns(row):
+        deed = holdings.deeds.get((row.path, row.identity.time))
+        if deed is not None and _took(deed):
             continue
         if row.expires_at is not None and row.expires_at <= now:
             continue
@@ -139,8 +149,8 @@ def unexplained(
 
 
 def _took(deed: Deed) -> bool:
-    """Whether what is gone is gone by us."""
-    by_ttl = deed.state == "under-ttl" and deed.action in ("expire", "set-ttl")
+    """Whether what is gone is gone by us, or may be."""
+    by_ttl = deed.state in ("under-ttl", "declined") and deed.action in ("expire", "set-ttl", "restore")
     return deed.state in GONE or deed.state in OPEN or by_ttl
 
 

@@ -10,6 +10,7 @@ progress. It refuses to write after a failed fsync: then nothing proves what is 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -127,10 +128,13 @@ class Journal:
         self._size += len(line)
 
     def _rotate(self) -> None:
-        full = self._descriptor
-        self._path.rename(self._state / f"journal-{self._number:06}.jsonl")
+        full, target = self._descriptor, self._state / f"journal-{self._number:06}.jsonl"
+        if target.exists():
+            raise FileExistsError(errno.EEXIST, f"{target.name} is there already", str(target))
+        self._path.rename(target)
+        self._broken = f"the journal {self._path} could not be begun anew: look at the disk, then start again"
         self._open()
-        self._number += 1
+        self._number, self._broken = self._number + 1, ""
         os.close(full)
 
     def _open(self) -> None:

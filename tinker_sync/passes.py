@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 import structlog
 
-from tinker_sync.enforcement import Enforced
+from tinker_sync.enforcement import Allowance, Enforced
 from tinker_sync.errors import (
     BeingMade,
     CredentialMissing,
     CredentialRefused,
     Defective,
     DiskTrouble,
+    FixFirst,
     NoSpace,
     NotFound,
     NotServed,
@@ -50,7 +51,7 @@ from tinker_sync.planning import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from concurrent.futures import Executor
 
     from tinker_sync.enforcement import Enforcer
@@ -119,7 +120,7 @@ class PassResult:
             return 5
         if self.service_error is not None or not self.complete:
             return 3
-        return 1 if self.failed or self.enforced.failed else 0
+        return 1 if self.failed or self.enforced.failed or self.enforced.error else 0
 
     def as_json(self) -> dict[str, object]:
         """Stable keys."""
@@ -147,6 +148,8 @@ class PassResult:
             ],
             "breaker": None if self.enforced.breaker is None else self.enforced.breaker.as_json(),
             "stopped": self.enforced.stopped,
+            "over_bytes": self.enforced.over_bytes,
+            "retention_error": self.enforced.error,
             "bytes": self.bytes,
             "seconds": round(self.seconds, 3),
             "service_error": self.service_error,
@@ -222,7 +225,7 @@ class Mirror:
                 await self._work()
                 polling.cancel()
             if self.result.service_error is None:
-                await self._retain(apply=self._settings.enforce)
+                await self._retain_after_copying()
         except ServiceTrouble as error:
             self.result.service_error = str(error)
             raise
@@ -274,13 +277,35 @@ class Mirror:
         begun = self._clock.monotonic()
         try:
             self._note_listing(await self._survey())
-            await self._retain(apply=True, allow=allow)
+            try:
+                await self._retain(apply=True, allow=allow)
+            except ServiceTrouble as error:  # what was done before is told
+                self.result.service_error = str(error)
         except ServiceTrouble as error:
             self.result.service_error = str(error)
             raise
         finally:
             self.result.seconds = self._clock.monotonic() - begun
+            await self._save_enforced()
         return self.result
+
+    async def _retain_after_copying(self) -> None:
+        """What goes wrong here takes nothing from what was copied."""
+        try:
+            await self._retain(apply=self._settings.enforce)
+        except ServiceTrouble as error:
+            self.result.service_error = str(error)
+        except (FixFirst, DiskTrouble) as error:
+            self.result.enforced.error = str(error)
+            log.error("retention.failed", error=str(error))  # noqa: TRY400 - told in words
+
+    async def _save_enforced(self) -> None:
+        """`status` tells of the last pass, and of what enforcement came to since."""
+        with suppress(TinkerSyncError):
+            before = await self._index(self._catalog.last_pass) or _summary(self.result, self._clock.now())
+            now = _summary(self.result, self._clock.now())
+            changed = {key: now[key] for key in ("deleted", "due", "breaker")}
+            await self._index(lambda: self._catalog.save_pass({**before, **changed}))
 
     async def _survey(self) -> Listing | Sighting:
         self._listed = (self._clock.monotonic(), await self._enforcer.survey())
@@ -317,8 +342,10 @@ class Mirror:
         )
         plan = await self._within_allowance(await self._index(planning), found)
         if self._settings.rescue and complete:
-            rows = to_rescue(plan, found.checkpoints, now=now, bytes_per_second=self._rate)
-            await self._enforcer.rescue(rows)
+            refuses = self._served.server_refuses(now)
+            rows = to_rescue(plan, found.checkpoints, now=now, bytes_per_second=self._rate, refuses=refuses)
+            with _no_reason_not_to_copy():
+                await self._enforcer.rescue(rows)
         shown = {checkpoint.path: checkpoint for checkpoint in found.checkpoints}
         unseen = [] if complete else [waiting for waiting in self._queue.pending() if waiting.path not in shown]
         self._rows = shown if complete else self._rows | shown
@@ -334,7 +361,9 @@ class Mirror:
 
     async def _within_allowance(self, plan: TransferPlan, found: Listing | Sighting) -> TransferPlan:
         """Without what local retention would let go at once, and what `max_bytes` has no room for."""
-        allowance = await self._enforcer.allowance(found, apply=self._settings.enforce)
+        allowance = Allowance()
+        with _no_reason_not_to_copy():
+            allowance = await self._enforcer.allowance(found, apply=self._settings.enforce)
         skipped = [
             Skip(transfer.path, f"local retention would let it go at once: {allowance.spare[transfer.path].detail}")
             for transfer in plan.transfers
@@ -638,6 +667,15 @@ class Mirror:
 
     async def _index(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._indexer, work)
+
+
+@contextmanager
+def _no_reason_not_to_copy() -> Iterator[None]:
+    """Trouble of the pins, the journal or the state's disk is told, and copying goes on."""
+    try:
+        yield
+    except (FixFirst, DiskTrouble) as error:
+        log.error("retention.trouble", error=str(error))  # noqa: TRY400 - told in words
 
 
 def failed_pass(error: ServiceTrouble) -> dict[str, object]:

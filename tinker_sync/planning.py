@@ -157,7 +157,10 @@ def is_short_lived(checkpoint: Checkpoint, known: Known, short_ttl: timedelta) -
 
 
 def first_expiry(checkpoint: Checkpoint, known: Known) -> datetime | None:
-    """The first `expires_at` that was seen for this object."""
+    """The first `expires_at` that was seen for this object: a manifest remembers it longer than the catalog."""
+    replica = known.replicas.get(checkpoint.path)
+    if replica is not None and replica.first_expires_at is not None and replica.identity.matches(checkpoint.identity):
+        return replica.first_expires_at
     first = known.first_expiry.get(checkpoint.path)
     if first is not None and first[0] == checkpoint.time:
         return first[1]
@@ -204,12 +207,17 @@ def priority(checkpoint: Checkpoint, *, now: datetime, bytes_per_second: float |
 
 
 def to_rescue(
-    plan: TransferPlan, rows: Sequence[Checkpoint], *, now: datetime, bytes_per_second: float | None
+    plan: TransferPlan,
+    rows: Sequence[Checkpoint],
+    *,
+    now: datetime,
+    bytes_per_second: float | None,
+    refuses: bool = False,
 ) -> list[Checkpoint]:
     """What would expire before it can be copied, by the queue's order and the measured rate.
 
     Also what failed and may not come again in time: it is tried at a quarter of its remaining life, so four hours are
-    three more attempts.
+    three more attempts. `refuses` says that the server hands out no archives: then only external ones can be had.
     """
     by_path = {row.path: row for row in rows}
     found: list[Checkpoint] = []
@@ -217,6 +225,8 @@ def to_rescue(
     for transfer in plan.transfers:
         ahead += transfer.size_bytes or 0
         if transfer.expires_at is None or transfer.path in plan.short_lived:
+            continue
+        if refuses and transfer.path.checkpoint_type != "external":
             continue
         needed = timedelta(seconds=ahead / bytes_per_second) if bytes_per_second else timedelta(0)
         if now + needed + RESCUE_MARGIN > transfer.expires_at:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from tinker_sync.model.checkpoint import Checkpoint, Identity, Listing, RunFacts, Sighting
-    from tinker_sync.model.deeds import Deed
+    from tinker_sync.model.deeds import Deed, DeedKey
     from tinker_sync.model.evidence import Claim, Defect, SeenFile
     from tinker_sync.model.manifest import Manifest
     from tinker_sync.model.paths import PayloadPath, SignedUrl, TinkerPath
@@ -275,8 +275,8 @@ class Destination(Protocol):
         """Move a replica to the trash; returns the entry's name. Raises NoSpace, DiskTrouble."""
         ...
 
-    def trashed(self) -> Sequence[Trashed]:
-        """What is in the trash, oldest first."""
+    def trashed(self, before: datetime | None = None) -> Sequence[Trashed]:
+        """What is in the trash, or went there before that moment; oldest first."""
         ...
 
     def empty(self, entry: str) -> None:
@@ -313,12 +313,16 @@ class Catalog(Protocol):
         """What the service showed last."""
         ...
 
-    def deeds(self) -> Mapping[TinkerPath, Deed]:
-        """What was last done to each checkpoint upstream."""
+    def deeds(self) -> Mapping[DeedKey, Deed]:
+        """What was last done to each object upstream."""
         ...
 
     def unsettled_deeds(self) -> Sequence[Deed]:
         """Those of which a listing can still tell something new."""
+        ...
+
+    def suspects(self) -> tuple[Checkpoint, ...]:
+        """What went from runs that we deleted in, and was not judged yet."""
         ...
 
     def apply(self, events: Iterable[tuple[tuple[int, int], Mapping[str, Any]]]) -> None:
@@ -327,6 +331,10 @@ class Catalog(Protocol):
 
     def types_apart(self) -> bool | None:
         """Whether the server was found to keep types apart; None when nobody knows."""
+        ...
+
+    def standing(self) -> Mapping[TinkerPath, tuple[datetime, datetime]]:
+        """Of everything that may go upstream: the object's time, and since when it may."""
         ...
 
     def stand(self, going: Mapping[TinkerPath, datetime], now: datetime) -> Mapping[TinkerPath, datetime]:
@@ -363,6 +371,10 @@ class Catalog(Protocol):
 
     def save_served(self, record: ServedRecord) -> None:
         """Keep it."""
+        ...
+
+    def last_pass(self) -> Mapping[str, Any] | None:
+        """The summary of the last pass."""
         ...
 
     def save_pass(self, summary: Mapping[str, object]) -> None:

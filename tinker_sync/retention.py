@@ -34,7 +34,19 @@ if TYPE_CHECKING:
 Side = Literal["remote", "local"]
 Action = Literal["keep", "delete", "expire"]
 GUARDS: Final = frozenset(
-    {"newest", "not-replicated", "fidelity", "public", "pinned", "future", "young", "unknown", "other-side", "unproven"}
+    {"leaving", "declined"}
+    | {
+        "newest",
+        "not-replicated",
+        "fidelity",
+        "public",
+        "pinned",
+        "future",
+        "young",
+        "unknown",
+        "other-side",
+        "unproven",
+    }
     | {"expiring", "expires", "withheld", "twin", "expiring-original", "orphan", "last-copy"}
 )
 """Reasons that no configuration switches off; the others are rules, and `no-policy`."""
@@ -116,6 +128,10 @@ class Member:
     """The original is gone because a policy let it go: then the replica is all there is."""
     withheld: str = ""
     """Why a deed that was tried is not tried again yet: refused by the service, or not confirmed."""
+    declined: bool = False
+    """We had set a TTL and somebody else changed it: no other is set."""
+    leaving: bool = False
+    """A delete or a TTL of ours is under way: the original is no second copy."""
     base_model: str | None = None
     """None when it is not known."""
     user_metadata: Mapping[str, str] | None = None
@@ -223,12 +239,14 @@ def plan_retention(
     complete: bool,
     allow: int | None = None,
     other_bytes: int = 0,
+    standing: Mapping[TinkerPath, tuple[datetime, datetime]] | None = None,
 ) -> RetentionPlan:
     """Decide for every member and side where it exists.
 
     `complete` says whether the remote side is a proven listing; if not, everything is kept. `allow` lifts the
     breaker's limits for at most so many deletes. `other_bytes` is what weighs here besides the members: superseded
-    versions.
+    versions. `standing` says of what may go upstream (path to the object's time) since when it may: with a grace, only
+    what stood for it counts as a delete of this pass.
     """
     groups: dict[tuple[str, str], list[Member]] = {}
     listed = 0
@@ -250,7 +268,8 @@ def plan_retention(
         *(released.get(case.member.path) or _verdict(case, "local", action="delete") for case in local),
     ]
     verdicts.sort(key=lambda verdict: (verdict.path.run_id, verdict.path.segment))
-    deletes = sum(1 for case in remote if not case.kept)
+    deletes = sum(1 for case in remote if not case.kept and _stood(case.member, rules, standing or {}, now))
+    deletes += sum(1 for case in local if not case.kept and case.member.remote is None)
     return RetentionPlan(tuple(verdicts), _breaker(deletes, listed, rules, allow), over, least)
 
 
@@ -288,6 +307,16 @@ def _imagine(member: Member) -> Replica:
     )
 
 
+def _stood(
+    member: Member, rules: RetentionRules, standing: Mapping[TinkerPath, tuple[datetime, datetime]], now: datetime
+) -> bool:
+    """Whether its verdict is old enough for a delete."""
+    if rules.action == "expire" or rules.grace <= timedelta(0):
+        return True
+    time, since = standing.get(member.path, (None, now))
+    return time == member.time and now - since >= rules.grace
+
+
 def _breaker(deletes: int, listed: int, rules: RetentionRules, allow: int | None) -> Breaker | None:
     if allow is not None:
         tripped = deletes > allow
@@ -310,8 +339,9 @@ def _decide_group(
         case.kept.extend(_remote_guards(case.member, rules, now, case.policy))
     for case in local:
         case.kept.extend(_local_guards(case.member, rules, now, case.policy))
+    _guard_newest(remote, lambda member: member.remote is not None and member.remote.expires_at is None, now)
+    _guard_newest(local, lambda _: True, now)
     for cases in (remote, local):
-        _guard_newest(cases, now)
         if not complete:
             for case in cases:
                 case.kept.append(_UNPROVEN)
@@ -330,7 +360,7 @@ def _keep_with_twins(remote: Sequence[_Case]) -> None:
     for case in remote:
         named.setdefault((case.member.path.run_id, case.member.path.name), []).append(case)
     for twins in named.values():
-        staying = next((case for case in twins if case.kept), None)
+        staying = next((case for case in twins if not _goes(case)), None)
         if staying is None or len(twins) == 1:
             continue
         detail = (
@@ -338,8 +368,13 @@ def _keep_with_twins(remote: Sequence[_Case]) -> None:
             "([tinker] types_apart = true says that it does not)"
         )
         for case in twins:
-            if not case.kept:
+            if _goes(case):
                 case.kept.append(Reason("twin", detail))
+
+
+def _goes(case: _Case) -> bool:
+    """Whether it is let go, or runs out by our TTL and nothing takes that back."""
+    return not case.kept or (case.member.ttl_is_ours and all(reason.why == "expiring" for reason in case.kept))
 
 
 def _make_room(
@@ -539,13 +574,13 @@ def _number(text: str | None) -> float | None:
 # Guards
 
 
-def _guard_newest(cases: Sequence[_Case], now: datetime) -> None:
-    """The newest of the group, and the newest without short-lived, TTL'd and future ones."""
+def _guard_newest(cases: Sequence[_Case], lasts: Callable[[Member], bool], now: datetime) -> None:
+    """The newest of the group, and the newest that remains without short-lived, TTL'd and future ones."""
     if not cases:
         return
     cases[-1].kept.append(_NEWEST)
     for case in reversed(cases):
-        if _takes_part(case.member, now, ttl_is_ours=case.member.ttl_is_ours):
+        if _takes_part(case.member, now, ttl_is_ours=case.member.ttl_is_ours) and lasts(case.member):
             if case is not cases[-1]:
                 case.kept.append(_NEWEST_LASTING)
             return
@@ -584,6 +619,8 @@ def _remote_guards(member: Member, rules: RetentionRules, now: datetime, policy:
         yield Reason("expiring", f"it runs out already, by our TTL{ends}")
     elif rules.action == "expire" and remote.expires_at is not None and remote.expires_at <= now + rules.grace:
         yield Reason("expires", "it expires by itself before a TTL of ours would end")
+    elif rules.action == "expire" and member.declined:
+        yield Reason("declined", "we had set a TTL, and somebody else changed it: no other is set")
 
 
 def _local_guards(member: Member, rules: RetentionRules, now: datetime, policy: Policy | None) -> Iterable[Reason]:
@@ -593,6 +630,8 @@ def _local_guards(member: Member, rules: RetentionRules, now: datetime, policy: 
             yield Reason("last-copy", "its original was deleted by policy: this is all there is")
         elif policy is None or policy.keep_orphans:
             yield Reason("orphan", "its original is gone upstream")
+    elif member.leaving:
+        yield Reason("leaving", "its original is being deleted, or put under a TTL: that is no second copy")
     elif member.remote.expires_at is not None:
         yield Reason("expiring-original", "its original expires: that is no second copy")
 

@@ -212,8 +212,11 @@ class _ExactTransport(AiohttpTransport):
         timeout = request.extensions.get("timeout", {})
         content = await request.aread()
         with _own_errors():
+            # aiohttp sends idempotent requests once more by itself when a kept connection ends; it knows them by their
+            # names in capitals. What changes something is sent again only by those who looked first.
+            method = request.method if request.method in ("GET", "HEAD") else request.method.lower()
             response = await self._opened().request(
-                request.method,
+                method,
                 yarl.URL(str(request.url), encoded=True),
                 headers=request.headers.multi_items(),
                 skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
@@ -322,6 +325,8 @@ class _Question:
     headers: Mapping[str, str] = field(default_factory=dict)
     final: frozenset[int] = frozenset()
     """Statuses that are an answer, and no reason to try again."""
+    once: bool = False
+    """Whether it is sent a single time, whatever comes of it."""
 
 
 class ApiTransport:
@@ -385,13 +390,14 @@ class ApiTransport:
         authorized: bool = True,
         headers: Mapping[str, str] | None = None,
         final: frozenset[int] = frozenset(),
+        once: bool = False,
     ) -> Answer:
         """One call; returns the answer of any status below 400.
 
         `segments` are the decoded parts of the path after the base URL. `final` are statuses that are an answer and
-        not a reason to try again. Raises ServiceTrouble and RequestRefused with words for every other outcome.
+        not a reason to try again; with `once` nothing is. Raises ServiceTrouble and RequestRefused with words for every other outcome.
         """
-        question = _Question(method, segments, params, body, authorized, headers or {}, final)
+        question = _Question(method, segments, params, body, authorized, headers or {}, final, once)
 
         async def read() -> Answer:
             response = await self._attempt(question, url)
@@ -464,7 +470,8 @@ class ApiTransport:
         """Retry by the SDK's rules under one deadline; the last answer counts, whatever it is."""
         retrying = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception_type((_TryAgain, errors.Unreachable)),
-            stop=tenacity.stop_after_attempt(ATTEMPTS) | tenacity.stop_before_delay(self._timeout),
+            stop=tenacity.stop_after_attempt(1 if question.once else ATTEMPTS)
+            | tenacity.stop_before_delay(self._timeout),
             wait=_wait,
             reraise=True,
         )

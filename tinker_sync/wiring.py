@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
@@ -27,15 +26,15 @@ from tinker_sync.api.credentials import Credentials, CredentialSources
 from tinker_sync.api.listing import AccountLister
 from tinker_sync.catalog.store import CatalogDamaged, CatalogUnusable, SqlCatalog, remove_catalog
 from tinker_sync.destination.files import make_directories
-from tinker_sync.destination.local import LocalTree, TreeOptions
+from tinker_sync.destination.local import Custody, LocalTree, TreeOptions
 from tinker_sync.destination.lock import RootLock
 from tinker_sync.destination.mounts import is_mount_point, is_network
 from tinker_sync.destination.root import STATE_DIRECTORY, RootFacts, prepare_root, read_facts
 from tinker_sync.destination.safeguards import FileSafeguards, read_pins
 from tinker_sync.destination.space import SpaceLedger
 from tinker_sync.enforcement import EnforcementSettings, Enforcer
-from tinker_sync.errors import ConfigInvalid, DiskTrouble, WrongRoot
-from tinker_sync.inventory import Holdings
+from tinker_sync.errors import ConfigInvalid, DiskTrouble, TinkerSyncError, WrongRoot
+from tinker_sync.inventory import Holdings, pin_matcher
 from tinker_sync.journal import Journal, read_events
 from tinker_sync.model.moments import rfc3339
 from tinker_sync.model.work import Damage, Replica
@@ -48,7 +47,7 @@ from tinker_sync.transfer import Transferrer
 from tinker_sync.transport import ApiTransport, StorageTransport
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator
+    from collections.abc import AsyncIterator, Iterator
 
     from tinker_sync.config import LocalPolicy, RemotePolicy, Settings
     from tinker_sync.model.work import Trashed
@@ -154,8 +153,11 @@ def open_root(
     )
     _make_state(state)
     with RootLock(state / LOCK_FILE, command=command), Journal(state) as journal:
-        tree = _tree(settings, facts, clock, partial(_note_trashed, journal, clock))
+        safeguards = FileSafeguards(state)
+        custody = _Custodian(journal, safeguards, clock)
+        tree = _tree(settings, facts, clock, Custody(custody.spares, custody.stopped, custody.told))
         with _open_catalog(state, tree) as catalog:
+            custody.catalog = catalog
             if not catalog.bind(facts.root_id):
                 message = f"{state} holds the catalog of another root: give each root a [mirror] state of its own"
                 raise WrongRoot(message)
@@ -165,21 +167,65 @@ def open_root(
                     {"time": rfc3339(clock.now()), "event": "journal.repaired", "dropped_bytes": journal.dropped}
                 )
             catalog.apply(read_events(state, catalog.journal_position()))
+            _settle_move(tree, catalog, journal, clock)
             for committed in tree.recover():
                 catalog.add_replica(committed.replica)
                 if committed.superseded is not None:
                     catalog.replace_superseded(committed.replica.path, committed.superseded)
                 log.info("stage.recovered", checkpoint=str(committed.replica.path))
-            yield OpenRoot(tree, catalog, journal, FileSafeguards(state), facts)
+            yield OpenRoot(tree, catalog, journal, safeguards, facts)
 
 
-def _note_trashed(journal: Journal, clock: Clock, item: Trashed, why: str) -> None:
-    """What goes into or out of the trash by itself. The deed is done: a journal that is full does not undo it."""
-    event = "local.emptied" if why == "min_free" else "local.trashed"
-    facts = {} if item.path is None else {"tinker_path": str(item.path)}
-    log.info("trash.emptied" if why == "min_free" else "replica.trashed", entry=item.entry, why=why, **facts)
-    with suppress(DiskTrouble):
-        journal.append({"time": rfc3339(clock.now()), "event": event, **facts, "entry": item.entry, "why": why})
+class _Custodian:
+    """Answers what the tree asks before it lets something go by itself."""
+
+    def __init__(self, journal: Journal, safeguards: FileSafeguards, clock: Clock) -> None:
+        self._journal = journal
+        self._safeguards = safeguards
+        self._clock = clock
+        self.catalog: SqlCatalog | None = None
+
+    def spares(self, item: Trashed) -> bool:
+        """A superseded version that is pinned, or the last copy of what was deleted by us, stays; so do all when stopped."""
+        if item.path is None or item.time is None or self.catalog is None or self.stopped():
+            return True
+        try:
+            pinned = pin_matcher(self._safeguards.pins())(item.path)
+            deed = self.catalog.deeds().get((item.path, item.time.replace(microsecond=0)))
+        except TinkerSyncError as error:
+            log.warning("superseded.kept", checkpoint=str(item.path), error=str(error))
+            return True
+        return pinned or deed is not None
+
+    def stopped(self) -> bool:
+        """The stop flag."""
+        return self._safeguards.stopped() is not None
+
+    def told(self, item: Trashed, why: str) -> None:
+        """What went into or out of the trash. The deed is done: a journal that is full does not undo it."""
+        event = "local.emptied" if why == "min_free" else "local.trashed"
+        facts = {} if item.path is None else {"tinker_path": str(item.path)}
+        log.info("trash.emptied" if why == "min_free" else "replica.trashed", entry=item.entry, why=why, **facts)
+        with suppress(DiskTrouble):
+            line = {"time": rfc3339(self._clock.now()), "event": event, **facts, "entry": item.entry, "why": why}
+            self._journal.append(line)
+
+
+def _settle_move(tree: LocalTree, catalog: SqlCatalog, journal: Journal, clock: Clock) -> None:
+    """A process died while a replica went into or out of the trash: the catalog learns where it is."""
+    moving = catalog.moving()
+    if moving is None:
+        return
+    path, directory = moving
+    found = tree.find(path)
+    catalog.remove_replica(directory)
+    if found is not None:
+        catalog.add_replica(found.replica)
+        if found.superseded is not None:
+            catalog.replace_superseded(path, found.superseded)
+    where = "in its place" if found is not None else "in the trash"
+    line = {"time": rfc3339(clock.now()), "event": "local.settled", "tinker_path": str(path), "answer": where}
+    catalog.apply([(journal.append(line), line)])
 
 
 def _state_elsewhere(settings: Settings) -> Path | None:
@@ -279,6 +325,7 @@ def read_holdings(settings: Settings) -> Holdings:
         return Holdings(
             known=catalog.known(),
             deeds=catalog.deeds(),
+            standing=catalog.standing(),
             pins=pins,
             base_models=open_tree_for_reading(settings).base_models(),
             other_bytes=catalog.other_bytes(),
@@ -290,7 +337,7 @@ def _tree(
     settings: Settings,
     facts: RootFacts,
     clock: Clock = SYSTEM_CLOCK,
-    trashed: Callable[[Trashed, str], None] = lambda _, __: None,
+    custody: Custody | None = None,
 ) -> LocalTree:
     mirror = settings.mirror
     return LocalTree(
@@ -304,7 +351,7 @@ def _tree(
         ),
         SpaceLedger(settings.root, int(mirror.min_free)),
         clock.now,
-        trashed,
+        custody,
     )
 
 

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from tinker_sync.api.listing import from_wire
-from tinker_sync.errors import BeingMade, NotFound, NotServed, Overloaded, RequestRefused, ServiceTrouble
+from tinker_sync.errors import (
+    BeingMade,
+    NotFound,
+    NotServed,
+    Overloaded,
+    ProtocolBroken,
+    RequestRefused,
+    ServiceTrouble,
+)
 from tinker_sync.model.checkpoint import RunFacts
 from tinker_sync.model.paths import PathInvalid, SignedUrl
 
@@ -58,14 +66,17 @@ class TinkerAccount:
         return await self._lister.list()
 
     async def look(self, run_id: str) -> tuple[Checkpoint, ...]:
-        """What one run shows now. Raises ServiceTrouble, RequestRefused."""
+        """What one run shows now. Raises ServiceTrouble, RequestRefused; ProtocolBroken when it may lack something."""
         answer = await self._client.list_checkpoints(run_id)
-        rows, seen = _readable_rows(answer), len(answer.checkpoints)
+        rows, seen = _rows(answer), len(answer.checkpoints)
         total = 0 if answer.cursor is None else answer.cursor.total_count
         while answer.checkpoints and seen < total:
             answer = await self._client.list_checkpoints(run_id, _LOOK_PAGE, seen)
-            rows += _readable_rows(answer)
+            rows += _rows(answer)
             seen += len(answer.checkpoints)
+        if len({row.path for row in rows}) < total:
+            message = f"the list of run {run_id} changed while it was read, or lacks rows: nothing is concluded from it"
+            raise ProtocolBroken(message)
         return tuple(rows)
 
     async def answers(self) -> bool:
@@ -119,27 +130,30 @@ class TinkerAccount:
             return None
 
 
-def _readable_rows(answer: wire.CheckpointsListResponse) -> list[Checkpoint]:
-    rows: list[Checkpoint] = []
-    for row in answer.checkpoints:
-        with suppress(PathInvalid):
-            rows.append(from_wire(row))
-    return rows
+def _rows(answer: wire.CheckpointsListResponse) -> list[Checkpoint]:
+    """A row that cannot be read could be the one that is looked for: then the look says nothing."""
+    try:
+        if not answer.unreadable:
+            return [from_wire(row) for row in answer.checkpoints]
+    except PathInvalid:
+        pass
+    message = "a run's list has rows that cannot be read: nothing is concluded from it"
+    raise ProtocolBroken(message)
 
 
 class TinkerRemover:
-    """`ports.Remover`. Whoever holds one can delete: that is `enforcement`."""
+    """`ports.Remover`. Whoever holds one can delete: that is `enforcement`. Nothing is sent twice by itself."""
 
     def __init__(self, client: RestClient) -> None:
         self._client = client
 
     async def delete(self, path: TinkerPath) -> None:
         """Delete for good."""
-        await self._client.delete_checkpoint_from_tinker_path(str(path))
+        await self._client.delete_checkpoint_from_tinker_path(str(path), once=True)
 
     async def set_ttl(self, path: TinkerPath, seconds: int | None) -> None:
         """Let it expire, or never."""
-        await self._client.set_checkpoint_ttl_from_tinker_path(str(path), seconds)
+        await self._client.set_checkpoint_ttl_from_tinker_path(str(path), seconds, once=True)
 
 
 class TinkerSigner:

@@ -150,14 +150,17 @@ class RestClient:
             raise _as_being_made(error) from error
         return _read(wire.ExternalWeightsUrlsResponse, answer)
 
-    async def delete_checkpoint(self, training_run_id: str, checkpoint_id: str) -> None:
-        """Delete for good. There is no way back and no precondition: see `enforcement` for the safe way."""
-        await self._transport.call("DELETE", _checkpoint_segments(training_run_id, checkpoint_id))
+    async def delete_checkpoint(self, training_run_id: str, checkpoint_id: str, *, once: bool = False) -> None:
+        """Delete for good. There is no way back and no precondition: see `enforcement` for the safe way.
 
-    async def delete_checkpoint_from_tinker_path(self, tinker_path: str) -> None:
+        `once` sends it a single time: whoever tries again can look first whether it still is the same object.
+        """
+        await self._transport.call("DELETE", _checkpoint_segments(training_run_id, checkpoint_id), once=once)
+
+    async def delete_checkpoint_from_tinker_path(self, tinker_path: str, *, once: bool = False) -> None:
         """The same by tinker path."""
         path = _parse(tinker_path)
-        await self.delete_checkpoint(path.run_id, path.checkpoint_id)
+        await self.delete_checkpoint(path.run_id, path.checkpoint_id, once=once)
 
     async def publish_checkpoint_from_tinker_path(self, tinker_path: str) -> None:
         """Let everybody read it. Raises AlreadySo when it is public already."""
@@ -178,14 +181,16 @@ class RestClient:
                 raise AlreadySo(message, status=409) from error
             raise
 
-    async def set_checkpoint_ttl_from_tinker_path(self, tinker_path: str, ttl_seconds: int | None) -> None:
+    async def set_checkpoint_ttl_from_tinker_path(
+        self, tinker_path: str, ttl_seconds: int | None, *, once: bool = False
+    ) -> None:
         """Let it expire that many seconds from now (3600 to ten years), or never (None)."""
         if ttl_seconds is not None and not TTL_LEAST <= ttl_seconds <= TTL_MOST:
             message = f"a TTL is {TTL_LEAST} seconds to ten years, or none at all; {ttl_seconds} is not"
             raise BadIdentifier(message, status=0)
         path = _parse(tinker_path)
         segments = _checkpoint_segments(path.run_id, path.checkpoint_id, "ttl")
-        await self._transport.call("PUT", segments, body={"ttl_seconds": ttl_seconds})
+        await self._transport.call("PUT", segments, body={"ttl_seconds": ttl_seconds}, once=once)
 
     async def list_sessions(
         self, limit: int = 20, offset: int = 0, access_scope: str = "owned"

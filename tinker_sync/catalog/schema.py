@@ -59,6 +59,7 @@ deeds = Table(
     "deeds",
     metadata,
     Column("tinker_path", String(700), primary_key=True),
+    Column("second", BigInteger, primary_key=True),
     Column("time", BigInteger, nullable=False),
     Column("size_bytes", BigInteger),
     Column("state", String(16), nullable=False),
@@ -69,7 +70,7 @@ deeds = Table(
     Column("ends_at", BigInteger),
     Column("detail", Text, nullable=False),
 )
-"""What was last done to a checkpoint upstream: the journal's events, folded."""
+"""What was last done to an object upstream, one row for each path and second: the journal's events, folded."""
 
 standing = Table(
     "standing",

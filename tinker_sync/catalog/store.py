@@ -21,7 +21,7 @@ from sqlalchemy.pool import StaticPool
 from tinker_sync.catalog import schema
 from tinker_sync.errors import TinkerSyncError
 from tinker_sync.model.checkpoint import Checkpoint
-from tinker_sync.model.deeds import Deed, fold
+from tinker_sync.model.deeds import Deed, DeedKey, fold, key_of
 from tinker_sync.model.moments import from_micros, parse_time, rfc3339, to_micros
 from tinker_sync.model.paths import TinkerPath
 from tinker_sync.model.work import Failure, Replica, Trouble
@@ -59,6 +59,7 @@ class SqlCatalog:
         self._known: Known | None = None
         """What `known` read last; forgotten by every write that changes it. The holder of the root's lock is the only
         writer, and a reader opens the catalog for one look."""
+        self._deeds: Mapping[DeedKey, Deed] | None = None
 
     @classmethod
     def open(cls, path: Path, *, read_only: bool = False, network: bool = False) -> Self:
@@ -232,6 +233,7 @@ class SqlCatalog:
                 self._known = None
             if not gone:
                 return ()
+            _suspect(connection, [_as_checkpoint(before[path]) for path in gone])
             _delete(connection, table, gone)
             _delete(connection, schema.standing, gone)
             kept = _quarantined_paths(connection)  # theirs may be the only bytes that are left
@@ -282,15 +284,17 @@ class SqlCatalog:
             connection.execute(delete(table).where(table.c.tinker_path == str(failure.path)))
             connection.execute(insert(table), _failure_row(failure))
 
-    def deeds(self) -> dict[TinkerPath, Deed]:
-        """What was last done to each checkpoint upstream."""
-        with self._begin() as connection:
-            return {deed.path: deed for deed in map(_as_deed, connection.execute(select(schema.deeds)))}
+    def deeds(self) -> Mapping[DeedKey, Deed]:
+        """What was last done to each object upstream."""
+        if self._deeds is None:
+            with self._begin() as connection:
+                self._deeds = {deed.key: deed for deed in map(_as_deed, connection.execute(select(schema.deeds)))}
+        return self._deeds
 
     def unsettled_deeds(self) -> list[Deed]:
         """Those of which a listing can still tell something new."""
         table = schema.deeds
-        query = select(table).where(table.c.state.not_in(("confirmed", "withheld")))
+        query = select(table).where(table.c.state.not_in(("confirmed", "withheld", "declined")))
         with self._begin() as connection:
             return [_as_deed(row) for row in connection.execute(query)]
 
@@ -302,28 +306,52 @@ class SqlCatalog:
 
     def apply(self, events: Iterable[tuple[tuple[int, int], Mapping[str, Any]]]) -> None:
         """Take up what the journal tells, with the position behind each event."""
-        table = schema.deeds
+        self._deeds = None
         with self._begin() as connection:
             position: tuple[int, int] | None = None
             for at, event in events:
                 position = at
-                if event["event"] == "server.types":
-                    _set_fact(connection, "types_apart", bool(event.get("apart")))
-                path = event.get("tinker_path")
-                if not isinstance(path, str):
-                    continue
-                row = connection.execute(select(table).where(table.c.tinker_path == path)).one_or_none()
-                before = None if row is None else _as_deed(row)
-                try:
-                    after = fold(before, event)
-                except (KeyError, ValueError, TypeError):
-                    continue  # edited, or a later version's: `history --check` tells
-                if after != before:
-                    connection.execute(delete(table).where(table.c.tinker_path == path))
-                    if after is not None:
-                        connection.execute(insert(table), _deed_row(after))
+                self._apply(connection, event)
             if position is not None:
                 _set_fact(connection, "journal", list(position))
+
+    def _apply(self, connection: Connection, event: Mapping[str, Any]) -> None:
+        kind, table = event["event"], schema.deeds
+        if kind == "server.types":
+            _set_fact(connection, "types_apart", bool(event.get("apart")))
+        elif kind == "enforcement.judged":
+            _set_fact(connection, "suspects", [])
+        elif kind == "local.intent":
+            _set_fact(connection, "moving", [event.get("tinker_path"), event.get("directory")])
+        elif kind.startswith("local."):
+            _set_fact(connection, "moving", None)
+        try:
+            path, second = key_of(event)
+            where = (table.c.tinker_path == str(path)) & (table.c.second == to_micros(second))
+            row = connection.execute(select(table).where(where)).one_or_none()
+            before = None if row is None else _as_deed(row)
+            after = fold(before, event)
+        except (KeyError, ValueError, TypeError, AttributeError):
+            return  # about no object; or edited, or a later version's: `history --check` tells
+        if after != before:
+            connection.execute(delete(table).where(where))
+            if after is not None:
+                connection.execute(insert(table), _deed_row(after))
+
+    def moving(self) -> tuple[TinkerPath, str] | None:
+        """The replica that was on its way into or out of the trash when the process died."""
+        with self._begin() as connection:
+            found = _fact(connection, "moving")
+        return None if not found else (TinkerPath.parse(found[0]), str(found[1]))
+
+    def suspects(self) -> tuple[Checkpoint, ...]:
+        """What went from runs that we deleted in, and was not judged yet."""
+        with self._begin() as connection:
+            found = _fact(connection, "suspects") or []
+        return tuple(
+            Checkpoint(TinkerPath.parse(path), parse_time(time), size, expires_at=_parsed(expires_at))
+            for path, time, size, expires_at in found
+        )
 
     def types_apart(self) -> bool | None:
         """Whether the server was found to keep types apart; None when nobody knows."""
@@ -416,7 +444,7 @@ class SqlCatalog:
 
         `kept` are the facts of the catalog before, where they could be read.
         """
-        self._known = None
+        self._known = self._deeds = None
         with self._begin() as connection:
             here = {str(replica.path): replica for replica in replicas if not replica.superseded}
             failed: dict[TinkerPath, Failure] = {}
@@ -428,7 +456,7 @@ class SqlCatalog:
             schema.metadata.create_all(connection)
             _set_fact(connection, "schema_version", schema.SCHEMA_VERSION)
             for name, value in (kept or {}).items():
-                if name not in ("schema_version", "journal"):
+                if name not in ("schema_version", "journal", "suspects", "moving"):
                     _set_fact(connection, name, value)
             _insert(connection, schema.replicas, [_replica_row(replica) for replica in replicas])
             _insert(connection, schema.failures, [_failure_row(failure) for failure in failed.values()])
@@ -473,6 +501,22 @@ def _insert(connection: Connection, table: Any, rows: list[dict[str, Any]]) -> N
 def _delete(connection: Connection, table: Any, paths: list[str]) -> None:
     for start in range(0, len(paths), 500):
         connection.execute(delete(table).where(table.c.tinker_path.in_(paths[start : start + 500])))
+
+
+def _suspect(connection: Connection, gone: Sequence[Checkpoint]) -> None:
+    """Set aside what went from runs with deletes that are not settled, in the transaction that forgets it."""
+    table = schema.deeds
+    query = select(table.c.tinker_path).where(table.c.state.in_(("deleting", "deleted")))
+    runs = {TinkerPath.parse(path).run_id for path in connection.execute(query).scalars()}
+    if not runs:
+        return
+    found = [
+        [str(row.path), rfc3339(row.time), row.size_bytes, None if row.expires_at is None else rfc3339(row.expires_at)]
+        for row in gone
+        if row.path.run_id in runs
+    ]
+    if found:
+        _set_fact(connection, "suspects", [*(_fact(connection, "suspects") or []), *found])
 
 
 def _quarantined_paths(connection: Connection) -> set[str]:
@@ -578,6 +622,7 @@ def _as_replica(row: Row[Any]) -> Replica:
 def _deed_row(deed: Deed) -> dict[str, Any]:
     return {
         "tinker_path": str(deed.path),
+        "second": to_micros(deed.key[1]),
         "time": to_micros(deed.time),
         "size_bytes": deed.size_bytes,
         "state": deed.state,

@@ -188,6 +188,13 @@ _LIFTED_BY: Final = {
     "orphan": "the policy sets keep_orphans = false",
     "unproven": "a listing is proven",
     "twin": "its twin of the other type may go too",
+    "withheld": "that time has passed",
+    "expiring": "our TTL runs out",
+    "expires": "it expires by itself",
+    "declined": "it is deleted by hand",
+    "leaving": "its original is gone, or stays",
+    "last-copy": "it is removed by hand",
+    "unknown": "that can be told",
 }
 
 

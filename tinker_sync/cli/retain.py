@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from tinker_sync.config import Settings
     from tinker_sync.enforcement import Enforced
     from tinker_sync.model.paths import TinkerPath
+    from tinker_sync.wiring import OpenRoot
 
 
 async def prune(settings: Settings, *, apply: bool, allow: int | None, as_json: bool) -> int:
@@ -46,6 +47,8 @@ async def prune(settings: Settings, *, apply: bool, allow: int | None, as_json: 
     for doubt in result.doubts:
         render.say(f"nothing went: the listing is unproven ({doubt})")
     work.tell_enforced(result.enforced, applied=True)
+    if result.service_error is not None:
+        render.warn(f"tinker-sync: {result.service_error}")
     return result.exit_code
 
 
@@ -111,6 +114,12 @@ def _tell_one(result: Enforced, path: TinkerPath, *, proven: bool, unproven: boo
     return code
 
 
+def _note(root: OpenRoot, event: str, **facts: object) -> None:
+    """One line in the journal, and what follows from it in the catalog."""
+    line = {"time": rfc3339(datetime.now(UTC)), "event": event, **facts}
+    root.catalog.apply([(root.journal.append(line), line)])
+
+
 def trash_list(settings: Settings, *, as_json: bool) -> int:
     """What local retention let go, and when it is deleted."""
     keep: timedelta = settings.retention.trash
@@ -159,21 +168,18 @@ def trash_restore(settings: Settings, wanted: list[str], *, as_json: bool) -> in
                 failed.append({"name": name, "error": "is not in the trash: see `tinker-sync trash ls`"})
                 continue
             item = items[-1]
+            facts = {"tinker_path": str(item.path), "entry": item.entry}
+            _note(root, "local.intent", **facts, action="restore", directory="")
             try:
                 committed = root.tree.restore(item.entry)
             except (TinkerSyncError, FileNotFoundError) as error:
+                _note(root, "local.failed", **facts, answer=str(error))
                 failed.append({"name": name, "error": str(error)})
                 continue
             root.catalog.add_replica(committed.replica)
             if committed.superseded is not None:
                 root.catalog.replace_superseded(committed.replica.path, committed.superseded)
-            line = {
-                "time": rfc3339(datetime.now(UTC)),
-                "event": "local.restored",
-                "tinker_path": str(item.path),
-                "entry": item.entry,
-            }
-            root.catalog.apply([(root.journal.append(line), line)])
+            _note(root, "local.restored", **facts)
             restored.append({"entry": item.entry, "tinker_path": str(item.path)})
     if as_json:
         render.print_json({"restored": restored, "failed": failed})
@@ -193,9 +199,7 @@ def trash_empty(settings: Settings, *, as_json: bool) -> int:
         for item in root.tree.trashed():
             root.tree.empty(item.entry)
             facts = {} if item.path is None else {"tinker_path": str(item.path)}
-            now = rfc3339(datetime.now(UTC))
-            line = {"time": now, "event": "local.emptied", **facts, "entry": item.entry, "why": "`trash empty`"}
-            root.catalog.apply([(root.journal.append(line), line)])
+            _note(root, "local.emptied", **facts, entry=item.entry, why="`trash empty`")
             emptied.append(item.entry)
             size += item.total_bytes
     if as_json:

@@ -121,6 +121,8 @@ def tell_enforced(done: Enforced, *, applied: bool) -> None:
         render.say(f"  failed {path}: {error}")
     if done.over_bytes:
         render.say(f"[mirror] max_bytes is exceeded by {render.size(done.over_bytes)} that must stay: copying stops")
+    if done.error is not None:
+        render.warn(f"tinker-sync: nothing was let go: {done.error}")
     if done.breaker is not None:
         tripped = done.breaker
         render.say(

@@ -14,6 +14,7 @@ import os
 import shutil
 import stat
 import threading
+from collections.abc import Callable  # noqa: TC003 - the fields of Custody
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -40,7 +41,7 @@ from tinker_sync.model.paths import MANIFEST_NAME, TinkerPath
 from tinker_sync.model.work import Committed, Damage, Failure, ReadBack, Replica, Trashed, Trouble
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from tinker_sync.destination.space import Reservation, SpaceLedger
     from tinker_sync.model.checkpoint import Identity
@@ -65,6 +66,18 @@ class TreeOptions:
     keep_superseded: int = 3
 
 
+@dataclass(frozen=True, slots=True)
+class Custody:
+    """What the tree asks before it lets something go by itself, and whom it tells."""
+
+    spares: Callable[[Trashed], bool] = lambda _: False
+    """Whether a superseded version must stay: pinned, stopped, or the last copy of what we deleted."""
+    stopped: Callable[[], bool] = lambda: False
+    """Whether nothing may be deleted, not even from the trash."""
+    told: Callable[[Trashed, str], None] = lambda _, __: None
+    """Hears (entry, `keep_superseded`) of what went into the trash, and (entry, `min_free`) of what left it."""
+
+
 class LocalTree:
     """A `Destination`. Thread-safe: stages are independent, the final renames take turns."""
 
@@ -74,14 +87,13 @@ class LocalTree:
         options: TreeOptions,
         space: SpaceLedger,
         now: Callable[[], datetime],
-        trashed: Callable[[Trashed, str], None] = lambda _, __: None,
+        custody: Custody | None = None,
     ) -> None:
-        """`trashed` hears what goes by itself: (entry, `keep_superseded`) into the trash, (entry, `min_free`) out."""
+        self._custody = custody or Custody()
         self.root = root
         self._options = options
         self._space = space
         self.now = now
-        self._trashed = trashed
         self._emptying = threading.Lock()
         space.reclaim = self._reclaim
         self._renames = threading.Lock()
@@ -113,20 +125,20 @@ class LocalTree:
         return LocalStage(self, path, home, reservation)
 
     def room_for(self, size: int) -> bool:
-        """Whether that many more bytes would fit now; the trash is emptied for them if that helps."""
+        """Whether that many more bytes would fit now."""
         return self._space.fits(size)
 
     def _reclaim(self, missing: int) -> bool:
         """Before a transfer is refused for space, the trash is emptied, oldest first; not when that cannot help."""
         with self._emptying:
-            there = self.trashed()
+            there = () if self._custody.stopped() else self.trashed()
             if not there or sum(item.total_bytes for item in there) < missing:
                 return False
             try:
                 self.empty(there[0].entry)
             except TransferFailed:
                 return False
-            self._trashed(there[0], "min_free")
+            self._custody.told(there[0], "min_free")
             return True
 
     def recover(self) -> list[Committed]:
@@ -211,13 +223,14 @@ class LocalTree:
         with self._renames, disk_errors("cannot move to the trash:", self.root / directory):
             return self._to_trash(self.root / directory)
 
-    def trashed(self) -> tuple[Trashed, ...]:
-        """What is in the trash, oldest first."""
+    def trashed(self, before: datetime | None = None) -> tuple[Trashed, ...]:
+        """What is in the trash, or went there before that moment; oldest first."""
         area = self.root / STATE_DIRECTORY / "trash"
+        entries = ((home, _trashed_at(home.name)) for home in _subdirectories(area))
         return tuple(
             _as_trashed(home)
-            for home in _subdirectories(area)
-            if not home.name.endswith(_PART) and _trashed_at(home.name) is not None
+            for home, at in entries
+            if at is not None and not home.name.endswith(_PART) and (before is None or at <= before)
         )
 
     def restore(self, entry: str) -> Committed:
@@ -238,7 +251,7 @@ class LocalTree:
             if there is None:
                 return self.place(home, manifest, home, repairs=False)
             if there.replica.identity.matches(manifest.identity):
-                message = f"{manifest.tinker_path} is here already, whole: nothing was restored"
+                message = f"{manifest.tinker_path} is here already (`tinker-sync verify` tells how it is): not restored"
                 raise DiskTrouble(message)
             with self._renames:
                 final = self.root / there.replica.directory
@@ -431,8 +444,9 @@ class LocalTree:
         versions = sorted(path for path in _subdirectories(parent) if path.name.startswith(f"{name}@"))
         surplus = max(0, len(versions) - self._options.keep_superseded)
         for path in versions[:surplus]:
-            trashed = _as_trashed(path)
-            self._trashed(replace(trashed, entry=self._to_trash(path)), "keep_superseded")
+            version = _as_trashed(path)
+            if not self._custody.spares(version):
+                self._custody.told(replace(version, entry=self._to_trash(path)), "keep_superseded")
         return self._superseded(parent / name)
 
     def _point_latest(self, manifest: Manifest, final: Path) -> None:

@@ -75,11 +75,12 @@ class SpaceLedger:
     def fits(self, expected: int) -> bool:
         """Whether `reserve` would accept so much now."""
         with self._lock:
-            return self._with_room(self._reserved + expected) - self._reserved - expected >= self._min_free
+            return self._free(self._root) - self._reserved - expected >= self._min_free
 
     def check(self) -> None:
         """Raises NoSpace when the filesystem fell below `min_free` while a transfer was writing."""
-        free = self._with_room(0)
+        with self._lock:
+            free = self._with_room(0)
         if free < self._min_free:
             message = (
                 f"no space: {free:,} bytes free below {self._root}, [mirror] min_free is {self._min_free:,}. "

@@ -7,6 +7,7 @@ that the catalog's table and a replayed journal come to the same.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from tinker_sync.model.moments import parse_time, rfc3339
@@ -14,14 +15,17 @@ from tinker_sync.model.paths import TinkerPath
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from datetime import datetime
 
     from tinker_sync.model.checkpoint import Checkpoint
 
-State = Literal["deleting", "deleted", "confirmed", "setting-ttl", "under-ttl", "withheld"]
+DeedKey = tuple[TinkerPath, datetime]
+"""A path and the time of the object that it means, to the second."""
+State = Literal["deleting", "deleted", "confirmed", "setting-ttl", "under-ttl", "withheld", "declined"]
 Action = Literal["delete", "expire", "restore", "extend", "set-ttl"]
 OPEN: Final = frozenset({"deleting", "setting-ttl"})
 """An intent without an outcome: what came of it is resolved by looking."""
+LEAVING: Final = frozenset({"deleting", "deleted", "setting-ttl", "under-ttl"})
+"""Its original may not be there for long: no second copy."""
 GONE: Final = frozenset({"deleted", "confirmed"})
 
 
@@ -38,12 +42,17 @@ class Deed:
     at: datetime
     """When its last event was written."""
     retry_at: datetime | None = None
-    """For `withheld`: not before this."""
+    """For `withheld`, and a restore that failed: not before this."""
     former_expires_at: datetime | None = None
     """What `restore` goes back to."""
     ends_at: datetime | None = None
     """When the TTL that we set runs out."""
     detail: str = ""
+
+    @property
+    def key(self) -> DeedKey:
+        """Which object it is about."""
+        return self.path, self.time.replace(microsecond=0)
 
     def concerns(self, row: Checkpoint) -> bool:
         """Whether it is about this very object."""
@@ -57,7 +66,7 @@ class Deed:
 
 
 def fold(before: Deed | None, event: Mapping[str, Any]) -> Deed | None:
-    """The deed after one more event about its path; None when nothing is left to remember.
+    """The deed after one more event about its object; None when nothing is left to remember.
 
     Events of other kinds, and those of a later version, change nothing. Raises KeyError, ValueError for a broken one.
     """
@@ -68,8 +77,6 @@ def fold(before: Deed | None, event: Mapping[str, Any]) -> Deed | None:
             return _begun(event, "setting-ttl", event["action"])
         case "delete.outcome" | "ttl.outcome":
             return None if before is None else _ended(before, event)
-        case "delete.unconfirmed":
-            return None if before is None else _withheld(before, event)
         case "delete.confirmed":
             return None if before is None else replace(before, state="confirmed", at=parse_time(event["time"]))
         case "ttl.confirmed":
@@ -78,7 +85,9 @@ def fold(before: Deed | None, event: Mapping[str, Any]) -> Deed | None:
                 None if before is None else replace(before, ends_at=ends, detail="seen", at=parse_time(event["time"]))
             )
         case "ttl.over":
-            return None
+            if before is None or before.action != "expire":
+                return None
+            return replace(before, state="declined", at=parse_time(event["time"]), detail=str(event.get("answer", "")))
         case _:
             return before
 
@@ -102,9 +111,12 @@ def _ended(before: Deed, event: Mapping[str, Any]) -> Deed | None:
     if outcome in ("deleted", "gone"):
         return replace(before, state="deleted", at=at)
     if outcome == "set":
-        return None if undoing else replace(before, state="under-ttl", at=at)
-    if undoing:  # it still runs out: the next pass tries to restore it again
-        return replace(before, state="under-ttl", action="expire", at=at)
+        if undoing or before.ends_at is None:
+            return None
+        return replace(before, state="under-ttl", at=at)
+    if undoing:  # it still runs out: a later pass tries to restore it again
+        retry_at = _moment(event.get("retry_at"))
+        return replace(before, state="under-ttl", action="expire", at=at, retry_at=retry_at, detail="seen")
     return _withheld(before, event) if event.get("retry_at") else None
 
 
@@ -116,6 +128,11 @@ def _withheld(before: Deed, event: Mapping[str, Any]) -> Deed:
         retry_at=_moment(event.get("retry_at")),
         detail=str(event.get("answer", "")),
     )
+
+
+def key_of(event: Mapping[str, Any]) -> DeedKey:
+    """Which object an event is about. Raises KeyError, ValueError for one that is about none."""
+    return TinkerPath.parse(event["tinker_path"]), parse_time(event["checkpoint_time"]).replace(microsecond=0)
 
 
 def object_facts(row: Checkpoint) -> dict[str, object]:
