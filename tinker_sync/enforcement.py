@@ -41,7 +41,7 @@ from tinker_sync.model.moments import rfc3339
 from tinker_sync.retention import Policy, duration, not_worth_copying, plan_retention
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
     from concurrent.futures import Executor
     from datetime import datetime
 
@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from tinker_sync.retention import Breaker, Member, Reason, RetentionRules, Verdict
 
 T = TypeVar("T")
+Outcome = Literal["deleted", "gone", "set", "refused", "failed", "lost", "not-done"]
 log = structlog.get_logger()
 
 LOOK_HOLDS: Final = 60.0
@@ -186,8 +187,6 @@ class Enforcer:
         self._settings = settings
         self._apart: bool | None = None
         self._by_hand = False
-        self._lost: set[TinkerPath] = set()
-        """Calls of this pass that never got through, as far as looking tells."""
         self._of_runs: dict[str, Holdings] = {}
         self.trouble: TinkerSyncError | None = None
         """What is wrong on this side, pins or journal: it ends retention, and not the copying."""
@@ -472,7 +471,7 @@ class Enforcer:
                     self.result.withheld[case.row.path] = "its twin of the other type cannot go, and may go with it"
             elif len(left) > 1:
                 await self._let_twins_go(left)
-            elif left and not await self._let_go(left[0]) and left[0].row.path in self._lost:
+            elif left and await self._let_go(left[0]) == "lost":
                 await self._try_again(left[0])
 
     async def _try_again(self, case: _Case) -> None:
@@ -480,8 +479,7 @@ class Enforcer:
         await self._clock.sleep(AGAIN_AFTER)
         look, standing = await self._judged_look(case.row.path.run_id)
         if self._agreed([case], standing) and self._still_there(case, look):
-            self.result.failed.pop(case.row.path, None)
-            await self._let_go(case)
+            await self._let_go(case, last_try=True)
 
     async def _prove(self, batch: Sequence[tuple[Verdict, Member]]) -> list[_Case]:
         """Read the replicas back; the damaged ones are marked, and stop nothing but their own delete."""
@@ -609,7 +607,7 @@ class Enforcer:
         """Delete the first of a name's types where that may take the others: all are proven, and all are to go."""
         if await self._apart_now() or twins[0].verdict.action != "delete":
             for case in twins:
-                await self._let_go(case)
+                await self._let_go(case, last_try=True)
             return
         first, *others = twins
         intended = []
@@ -617,7 +615,7 @@ class Enforcer:
             if not await self._intend(case, with_twin=str(first.row.path)):
                 break
             intended.append(case)
-        done = len(intended) == len(others) and await self._let_go(first)
+        done = len(intended) == len(others) and await self._let_go(first, last_try=True) in ("deleted", "gone")
         look = await self._look(first.row.path.run_id) if done else None
         rest = []
         for case in intended:
@@ -636,7 +634,7 @@ class Enforcer:
             now, standing = await self._judged_look(first.row.path.run_id)
             for case in self._agreed(rest, standing):
                 if self._still_there(case, now):
-                    await self._let_go(case)
+                    await self._let_go(case, last_try=True)
 
     async def _learn(self, *, apart: bool) -> None:
         """Remember whether this server keeps the types of a name apart."""
@@ -647,17 +645,22 @@ class Enforcer:
 
     # The deed
 
-    async def _let_go(self, case: _Case) -> bool:
-        """Pins, stop flag, intent, the call, the outcome. Returns whether it is gone, or will be."""
+    async def _let_go(self, case: _Case, *, last_try: bool = False) -> Outcome:
+        """Pins, stop flag, intent, the call, the outcome.
+
+        `lost` is a call that never got through, as far as looking tells: worth another try, unless this was the last.
+        """
         if not await self._intend(case):
-            return False
+            return "not-done"
         path = case.row.path
         if case.verdict.action == "delete":
             outcome, answer = await self._ask(case, self._remover.delete(path))
         else:
             outcome, answer = await self._ask(case, self._remover.set_ttl(path, self._ttl_of(case)))
-        await self._outcome(case, outcome, answer)
-        return outcome in ("deleted", "gone", "set")
+        if outcome == "lost" and last_try:
+            outcome = "failed"
+        await self._outcome(case, "not-done" if outcome == "lost" else outcome, answer)
+        return outcome
 
     def _ttl_of(self, case: _Case) -> int:
         """Seconds of the TTL to set: `grace`, never later than the present expiry; 0 when the API takes none so short."""
@@ -709,10 +712,9 @@ class Enforcer:
             return False
         return True
 
-    async def _ask(self, case: _Case, call: Any) -> tuple[str, str]:
+    async def _ask(self, case: _Case, call: Awaitable[None]) -> tuple[Outcome, str]:
         """Make the call; an answer that was lost is resolved by looking. Returns outcome and answer."""
         path, deleting = case.row.path, case.verdict.action == "delete"
-        self._lost.discard(path)
         try:
             await call
         except NotFound:
@@ -730,11 +732,10 @@ class Enforcer:
                 return "gone", f"the answer was lost ({error}); it is no longer there"
             if not deleting and now.expires_at != case.row.expires_at:
                 return "set", f"the answer was lost ({error}); it has the TTL"
-            self._lost.add(path)
-            return "failed", str(error)
+            return "lost", str(error)
         return ("deleted" if deleting else "set"), "ok"
 
-    async def _outcome(self, case: _Case, outcome: str, answer: str) -> None:
+    async def _outcome(self, case: _Case, outcome: Outcome, answer: str) -> None:
         path, facts = case.row.path, object_facts(case.row)
         if outcome in ("refused", "failed"):
             hold = REFUSED_FOR if outcome == "refused" else FAILED_FOR
@@ -947,7 +948,7 @@ class Enforcer:
                 look = await self._look(path.run_id)
                 case = _Case(forced, member, member.remote, member.replica, None, unproven=True)
                 if self._still_there(case, look):
-                    await self._let_go(case)
+                    await self._let_go(case, last_try=True)
         except _Halt as halt:
             self.result.stopped = str(halt)
         await self._confirm()

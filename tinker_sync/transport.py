@@ -207,16 +207,14 @@ class _ExactTransport(AiohttpTransport):
     """
 
     _session: aiohttp.ClientSession | None = None
+    _changing: aiohttp.ClientSession | None = None
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         timeout = request.extensions.get("timeout", {})
         content = await request.aread()
         with _own_errors():
-            # aiohttp sends idempotent requests once more by itself when a kept connection ends; it knows them by their
-            # names in capitals. What changes something is sent again only by those who looked first.
-            method = request.method if request.method in ("GET", "HEAD") else request.method.lower()
-            response = await self._opened().request(
-                method,
+            response = await self._opened(changes=request.method not in ("GET", "HEAD")).request(
+                request.method,
                 yarl.URL(str(request.url), encoded=True),
                 headers=request.headers.multi_items(),
                 skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
@@ -243,25 +241,38 @@ class _ExactTransport(AiohttpTransport):
         )
 
     async def aclose(self) -> None:
-        if self._session is not None:
-            await self._session.close()
-            self._session = None
+        for session in (self._changing, self._session):
+            if session is not None:
+                await session.close()
+        self._session = self._changing = None
 
-    def _opened(self) -> aiohttp.ClientSession:
+    def _opened(self, *, changes: bool) -> aiohttp.ClientSession:
+        """Two sessions on the same connections.
+
+        aiohttp sends PUT and DELETE once more by itself when a kept connection ends; what changes something is sent
+        again only by those who looked first.
+        """
         if self._session is None:
             connector = aiohttp.TCPConnector(
                 limit=self.limits.max_connections or 0,
                 ssl=self.ssl_context,
                 keepalive_timeout=self.limits.keepalive_expiry or 15.0,
             )
-            self._session = aiohttp.ClientSession(
-                connector=connector,
-                cookie_jar=aiohttp.DummyCookieJar(),
-                read_bufsize=_BUFFER,
-                max_line_size=65536,
-                max_field_size=65536,
-            )
-        return self._session
+            self._session = _session(connector, owner=True)
+            self._changing = _session(connector, owner=False)
+            self._changing._retry_connection = False  # noqa: SLF001 - it has no public switch; a test watches it
+        return self._changing if changes and self._changing is not None else self._session
+
+
+def _session(connector: aiohttp.TCPConnector, *, owner: bool) -> aiohttp.ClientSession:
+    return aiohttp.ClientSession(
+        connector=connector,
+        connector_owner=owner,
+        cookie_jar=aiohttp.DummyCookieJar(),
+        read_bufsize=_BUFFER,
+        max_line_size=65536,
+        max_field_size=65536,
+    )
 
 
 def _basic(auth: tuple[str, str]) -> aiohttp.BasicAuth:
