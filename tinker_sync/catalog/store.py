@@ -59,7 +59,7 @@ class SqlCatalog:
         self._known: Known | None = None
         """What `known` read last; forgotten by every write that changes it. The holder of the root's lock is the only
         writer, and a reader opens the catalog for one look."""
-        self._deeds: Mapping[DeedKey, Deed] | None = None
+        self._deeds: dict[DeedKey, Deed] | None = None
 
     @classmethod
     def open(cls, path: Path, *, read_only: bool = False, network: bool = False) -> Self:
@@ -306,16 +306,17 @@ class SqlCatalog:
 
     def apply(self, events: Iterable[tuple[tuple[int, int], Mapping[str, Any]]]) -> None:
         """Take up what the journal tells, with the position behind each event."""
-        self._deeds = None
+        kept, self._deeds = self._deeds, None
         with self._begin() as connection:
             position: tuple[int, int] | None = None
             for at, event in events:
                 position = at
-                self._apply(connection, event)
+                self._apply(connection, event, kept)
             if position is not None:
                 _set_fact(connection, "journal", list(position))
+        self._deeds = kept
 
-    def _apply(self, connection: Connection, event: Mapping[str, Any]) -> None:
+    def _apply(self, connection: Connection, event: Mapping[str, Any], kept: dict[DeedKey, Deed] | None) -> None:
         kind, table = event["event"], schema.deeds
         if kind == "server.types":
             _set_fact(connection, "types_apart", bool(event.get("apart")))
@@ -335,8 +336,12 @@ class SqlCatalog:
             return  # about no object; or edited, or a later version's: `history --check` tells
         if after != before:
             connection.execute(delete(table).where(where))
+            if kept is not None:
+                kept.pop((path, second), None)
             if after is not None:
                 connection.execute(insert(table), _deed_row(after))
+                if kept is not None:
+                    kept[after.key] = after
 
     def moving(self) -> tuple[TinkerPath, str] | None:
         """The replica that was on its way into or out of the trash when the process died."""
