@@ -37,6 +37,30 @@ def keys_of(model: type[BaseModel], prefix: str = "") -> set[str]:
     return found
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("keep_last = true", "is a number"), ("keep_last = 1\ninclude = []", "names nothing"),
+        ('keep_names = [""]', "matches no name"), ('keep_last = 1\ninclude = ["*//x"]', "has an empty part"),
+        ("keep_last = 0", "greater than or equal to 1"), ('keep_within = "-2d"', "is no duration"),
+    ],
+)  # fmt: skip
+def test_policies_that_would_let_more_go_than_they_say(tmp_path: Path, text: str, said: str) -> None:
+    """Refused, in words."""
+    policy = f'[[retention.remote]]\nname = "p"\ntypes = ["sampler"]\n{text}\n'
+    with pytest.raises(ConfigInvalid, match=re.escape(said)):
+        load(tmp_path, policy)
+
+
+def test_two_policies_of_one_name_and_a_short_grace(tmp_path: Path) -> None:
+    """Reports name policies; the API takes no TTL under an hour."""
+    policy = '[[retention.remote]]\nname = "p"\ntypes = ["sampler"]\nkeep_last = 1\n'
+    with pytest.raises(ConfigInvalid, match="two policies are called 'p'"):
+        load(tmp_path, policy * 2)
+    with pytest.raises(ConfigInvalid, match="1h to 3650d"):
+        load(tmp_path, '[retention]\naction = "expire"\ngrace = "30m"\n')
+
+
 def test_the_example_is_the_reference_of_every_key(tmp_path: Path) -> None:
     """It loads as it stands; with its comments taken off it loads too, and names every key with its default."""
     text = EXAMPLE.read_text()

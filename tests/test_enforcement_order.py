@@ -11,7 +11,7 @@ import pytest
 from tests.conftest import NOW, Site, hours
 from tests.test_enforcement import DAY, RUN, START, THIN, clock, here, lab, minutes_ago, save, series, upstream
 from tinker_sync.destination.safeguards import FileSafeguards, read_stop, write_pins
-from tinker_sync.errors import FixFirst
+from tinker_sync.errors import DiskTrouble, FixFirst
 from tinker_sync.journal import Journal, JournalBroken, examine
 from tinker_sync.sandbox.adapters import adapter
 from tinker_sync.sandbox.faults import Fault, Quirks
@@ -546,3 +546,146 @@ def test_a_failed_rotation_destroys_nothing(tmp_path: Path, monkeypatch: pytest.
 def test_the_ttl_of_the_helper_is_a_duration() -> None:
     """The helper's own assumption."""
     assert minutes_ago(60) == hours(1) == timedelta(hours=1)
+
+
+async def test_what_is_still_listed_is_not_said_to_be_deleted(lab: Site) -> None:
+    """The service says 204 and lists on: named as a failure, exit 1."""
+    await copied(lab)
+    lab.sandbox.quirks = Quirks(delete_forgets=True)
+    result = await lab.sync()
+    assert (result.enforced.deleted, len(result.enforced.failed), result.exit_code) == ([], 4, 1)
+
+
+async def test_an_orphan_is_looked_for_before_it_goes(lab: Site) -> None:
+    """The list of the account lacks it, its run's own list has it: it stays."""
+    lab.retention |= {"remote": [], "local": [], "max_deletes": 99}
+    paths = series(lab)
+    await lab.sync()
+    lab.retention["local"] = [THIN | {"name": "here", "keep_orphans": False}]
+    kept = {path: lab.sandbox.account.checkpoints.pop(path) for path in paths[:3]}
+    async with lab.opened() as mirror:
+        before_each(mirror, "_local_batch", lambda *_: lab.sandbox.account.checkpoints.update(kept))
+        result = await mirror.prune()
+    assert set(result.enforced.withheld) == set(paths[:3])
+    assert {path.name for path in paths[:3]} <= here(lab)
+
+
+@pytest.mark.parametrize("which", ["replica", "segment"])
+async def test_a_replica_behind_a_symbolic_link_proves_nothing(lab: Site, tmp_path: Path, which: str) -> None:
+    """What is not below the root can go at any time."""
+    paths = await copied(lab)
+    source = lab.directory(paths[0]) if which == "replica" else lab.directory(paths[0]).parent
+    source.rename(tmp_path / "elsewhere")
+    source.symlink_to(tmp_path / "elsewhere")
+    result = await lab.prune()
+    assert paths[0] not in lab.sandbox.account.deleted
+    assert "symbolic link" in result.enforced.withheld[paths[0]]
+
+
+async def test_reindex_without_the_journal_keeps_what_the_catalog_knew(lab: Site) -> None:
+    """The last copies of what we deleted stay the last copies; a journal that lost lines is found out."""
+    paths = await copied(lab)
+    await lab.sync()
+    state = lab.root / ".tinker-sync"
+    (state / "journal.jsonl").unlink()
+    rebuild_catalog(lab.settings())
+    lab.retention |= {"remote": [], "local": [THIN | {"name": "here", "keep_orphans": False}]}
+    assert (await lab.sync()).enforced.trashed == []
+    assert {path.name for path in paths[:4]} <= here(lab)
+
+
+async def test_a_journal_that_was_emptied_is_taken_up_from_its_new_beginning(lab: Site, clock: MovedClock) -> None:
+    """What happens afterwards is not passed over."""
+    await copied(lab)
+    await lab.sync()
+    (lab.root / ".tinker-sync" / "journal.jsonl").write_text("")
+    save(lab, "000008", age=hours(3))
+    clock.at += hours(1)
+    await lab.sync()
+    states = {deed.path.name: deed.state for deed in await deeds(lab)}
+    assert states == {f"{n:06}": "confirmed" for n in range(5)}
+
+
+async def test_an_empty_catalog_is_none(lab: Site) -> None:
+    """A file of no bytes, as a full disk leaves it, is made anew from the tree and the journal."""
+    paths = await copied(lab)
+    await lab.sync()
+    for path in (lab.root / ".tinker-sync").glob("catalog.db*"):
+        path.write_bytes(b"")
+    lab.retention |= {"remote": [], "local": [THIN | {"name": "here", "keep_orphans": False}]}
+    assert (await lab.sync()).enforced.trashed == []
+    async with lab.opened() as mirror:
+        assert len(mirror._catalog.known().replicas) == len(paths)
+
+
+async def test_a_pin_with_a_blank_behind_it_holds(lab: Site) -> None:
+    """A slip of an editor."""
+    paths = await copied(lab)
+    (lab.root / ".tinker-sync" / "pins").write_text(f"{paths[0]} \n  */*/000001\t\n")
+    await lab.sync()
+    assert upstream(lab) >= {"000000", "000001"}
+
+
+@pytest.mark.parametrize("how", ["link", "directory", "binary", "fifo"])
+async def test_a_stop_flag_of_any_kind_stops(lab: Site, how: str) -> None:
+    """A dangling link, a directory, garbage, a FIFO: all of them, and `resume` lifts them."""
+    import os
+
+    from tinker_sync.destination.safeguards import lift_stop
+
+    await copied(lab)
+    flag = lab.root / ".tinker-sync" / "stop"
+    if how == "link":
+        flag.symlink_to("/nowhere/at/all")
+    elif how == "directory":
+        flag.mkdir()
+    elif how == "binary":
+        flag.write_bytes(b"\xff\x00" + b"[" * 200_000)
+    else:
+        os.mkfifo(flag)
+    assert (await lab.sync()).exit_code == 5
+    assert lab.sandbox.account.deleted == []
+    lift_stop(flag.parent)
+    assert len((await lab.sync()).enforced.deleted) == 4
+
+
+async def test_restoring_reads_first(lab: Site) -> None:
+    """What is not whole stays in the trash; a whole one changes places with a damaged one."""
+    lab.retention |= {"remote": [], "local": []}
+    paths = series(lab)
+    await lab.sync()
+    lab.retention["local"] = [THIN | {"name": "here"}]
+    await lab.sync()
+    lab.retention["local"] = []
+    await lab.sync()
+    weights = lab.directory(paths[0]) / "adapter_model.safetensors"
+    good = weights.read_bytes()
+    weights.write_bytes(good[:-1] + b"!")
+    async with lab.opened() as mirror:
+        tree = mirror._destination
+        entries = {item.path: item.entry for item in tree.trashed()}
+        tree.restore(entries[paths[0]])
+        assert weights.read_bytes() == good
+        with pytest.raises(DiskTrouble, match="is here already, whole"):
+            tree.restore(entries[paths[1]])
+        trashed = lab.root / ".tinker-sync" / "trash" / entries[paths[2]]
+        (trashed / "adapter_config.json").write_text("{}")
+        with pytest.raises(DiskTrouble, match="is not whole"):
+            tree.restore(entries[paths[2]])
+        with pytest.raises(DiskTrouble, match="not the one that it went with"):
+            tree.restore(entries[paths[3]], "0" * 64)
+
+
+async def test_what_a_server_repeats_of_keys_and_urls_goes_nowhere(lab: Site) -> None:
+    """Into no output, no journal, no catalog."""
+    await copied(lab)
+    secrets = (lab.sandbox.key, "https://bucket.example/o?X-Amz-Signature=abc123", "eyJhbGciOi.J9.x", "X-Sig=zzz9")
+    body = '{"detail": "no: ' + " ".join(secrets) + '"}'
+    lab.sandbox.faults.append(Fault("delete", "body", status=403, body=body.encode()))
+    result = await lab.sync()
+    said = str(result.as_json()) + str(lab.events())
+    said += (lab.root / ".tinker-sync" / "catalog.db").read_bytes().decode(errors="replace")
+    assert len(result.enforced.failed) == 4
+    for secret in (lab.sandbox.key, "abc123", "eyJhbG", "zzz9"):
+        assert secret not in said
+    assert "bucket.example" in said

@@ -93,6 +93,14 @@ def _check_glob(value: str) -> str:
     return value
 
 
+def _no_flag(value: object) -> object:
+    """`true` would count as 1."""
+    if isinstance(value, bool):
+        message = "is a number"
+        raise ValueError(message)  # noqa: TRY004 - pydantic turns ValueError alone into a fault of the key
+    return value
+
+
 def _check_name_glob(value: str) -> str:
     if not value or "/" in value:
         message = f'{value!r} matches no name: write a glob for the last part of a path, as in "best*"'
@@ -141,7 +149,7 @@ Local = Annotated[Path, AfterValidator(_absolute)]
 NameGlob = Annotated[str, AfterValidator(_check_name_glob)]
 LEAST_TTL = timedelta(hours=1)
 MOST_TTL = timedelta(days=3650)
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, BeforeValidator(_no_flag), Field(ge=1)]
 
 
 class Section(BaseModel):
@@ -256,6 +264,12 @@ class Policy(Section):
 
     @model_validator(mode="after")
     def _keeps_something(self) -> Policy:
+        if not self.name.strip():
+            message = "a policy needs a name: reports and the journal name it"
+            raise ValueError(message)
+        if "include" in self.model_fields_set and not self.include:
+            message = f"policy {self.name!r}: include = [] names nothing; leave the key out to select everything"
+            raise ValueError(message)
         rules = [name for name in type(self).model_fields if name.startswith("keep_") and name != "keep_orphans"]
         if not any(getattr(self, name) for name in rules):
             message = f"policy {self.name!r} has no keep rule, so it would delete everything it matches; add keep_last"

@@ -418,9 +418,17 @@ class Enforcer:
         """After deletes, list again: it confirms them, and shows what else went. Trouble leaves that to the next pass."""
         if self.result.deleted:
             try:
-                await self.survey()
+                found = await self.survey()
             except ServiceTrouble as error:
                 log.warning("deletes.unconfirmed", error=str(error))
+                return
+            unconfirmed = {
+                deed.path for deed in await self._index(self._catalog.unsettled_deeds) if deed.state == "deleted"
+            }
+            for path in [path for path in self.result.deleted if path in unconfirmed and isinstance(found, Listing)]:
+                self.result.deleted.remove(path)
+                self.result.failed[path] = "the service said that it is deleted, and still lists it"
+                log.error("checkpoint.still_listed", checkpoint=str(path))
 
     async def _carry_out(self, decision: Decision, since: Mapping[TinkerPath, datetime], now: datetime) -> None:
         rules = self._settings.rules
@@ -859,13 +867,16 @@ class Enforcer:
             replica = member.replica
             if replica is None:
                 continue
-            if member.remote is not None:
-                if look is None or self._clock.monotonic() - look.at > LOOK_HOLDS:
-                    look = await self._look(run_id)
-                now = look.rows.get(member.path)
-                if now is None or not now.identity.matches(member.remote.identity) or now.expires_at is not None:
-                    self.result.withheld[member.path] = "its original is gone, another one, or expires"
+            if look is None or self._clock.monotonic() - look.at > LOOK_HOLDS:
+                look = await self._look(run_id)
+            now = look.rows.get(member.path)
+            if member.remote is None:
+                if now is not None and now.identity.matches(replica.identity):
+                    self.result.withheld[member.path] = "a look at its run shows its original"
                     continue
+            elif now is None or not now.identity.matches(member.remote.identity) or now.expires_at is not None:
+                self.result.withheld[member.path] = "its original is gone, another one, or expires"
+                continue
             if await self._may_go(member.path):
                 await self._retire(verdict, replica)
 

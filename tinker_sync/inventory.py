@@ -123,8 +123,9 @@ def make_members(
 
 def pin_matcher(pins: Sequence[str]) -> Callable[[TinkerPath], bool]:
     """Whether a path is pinned. A name can hold `[`: every pin is taken literally too."""
-    exact = set(pins)
-    globs = tuple(pin for pin in pins if set(pin) & set("*?["))
+    lines = {*pins, *(pin.strip() for pin in pins)}  # a blank at the end is a slip far oftener than a part of a name
+    exact = lines
+    globs = tuple(pin for pin in lines if set(pin) & set("*?["))
 
     def pinned(path: TinkerPath) -> bool:
         return str(path) in exact or path.tail in exact or any(path.matches(glob) for glob in globs)

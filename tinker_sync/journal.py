@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 ACTIVE: Final = "journal.jsonl"
 _ROTATED: Final = re.compile(r"journal-(\d{6,})\.jsonl")
 ROTATE_AT: Final = 16 * 1024 * 1024
+_LONGEST_LINE: Final = 65536
 FIRST: Final = "0" * 64
 Position = tuple[int, int]
 """The file's number and the offset behind a line in it."""
@@ -75,6 +76,7 @@ class Journal:
             whole = _whole_length(self._descriptor, self._size)
             if whole < self._size:
                 self.dropped = self._size - whole
+                self._set_aside(whole)
                 os.ftruncate(self._descriptor, whole)
                 os.fsync(self._descriptor)
                 self._size = whole
@@ -91,6 +93,15 @@ class Journal:
     ) -> None:
         os.close(self._descriptor)
         self._descriptor = -1
+
+    def _set_aside(self, whole: int) -> None:
+        """What is no line, and more than a line can be, is kept beside: somebody may want to look at it."""
+        if self.dropped > _LONGEST_LINE:
+            torn = self._path.with_name(f"journal-torn-{self._size}")
+            with torn.open("wb") as kept:
+                for start in range(whole, self._size, 1 << 20):
+                    kept.write(os.pread(self._descriptor, min(1 << 20, self._size - start), start))
+            torn.chmod(0o600)
 
     def append(self, event: Mapping[str, Any]) -> Position:
         """Add one line and make it durable. `event` brings `time` and `event`. Raises JournalBroken."""
@@ -159,10 +170,16 @@ def read_events(state: Path, after: Position = (0, 0)) -> Iterator[tuple[Positio
             continue
         offset = after[1] if number == after[0] else 0
         for end, line in _lines(path, offset):
-            with suppress(ValueError):
+            with suppress(ValueError, RecursionError):
                 event = json.loads(line)
                 if isinstance(event, dict) and isinstance(event.get("event"), str):
                     yield (number, end), event
+
+
+def end_of(state: Path) -> Position:
+    """Where the journal ends. Raises OSError."""
+    files = _files(state)
+    return (files[-1][0], files[-1][1].stat().st_size) if files else (0, 0)
 
 
 def examine(state: Path) -> Examined:
@@ -184,7 +201,7 @@ def examine(state: Path) -> Examined:
             try:
                 event = json.loads(line)
                 previous = event["prev"]
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 found.problems.append(f"{path.name}, line {count}: is no event")
             else:
                 if expected is not None and previous != expected:
@@ -199,7 +216,7 @@ def examine(state: Path) -> Examined:
 def _files(state: Path) -> list[tuple[int, Path]]:
     """Number and path of every file, oldest first; the active one last."""
     found = _rotated(state)
-    if (state / ACTIVE).exists():
+    if (state / ACTIVE).is_file():
         found.append((found[-1][0] + 1 if found else 1, state / ACTIVE))
     return found
 

@@ -19,6 +19,7 @@ import json
 import logging
 import os
 import random
+import re
 import socket
 import ssl
 import time
@@ -200,6 +201,11 @@ def _own_errors() -> Iterator[None]:
         raise httpx.RemoteProtocolError(type(error).__name__) from error
 
 
+_SECRET_LEAST: Final = 6
+_URLS: Final = re.compile(r"\b(https?://[^\s/?#\"'<>@]+)[/?#][^\s\"'<>]*")
+_TOKENS: Final = re.compile(r"\b(?:tml-|eyJ)[\w.~+/=-]{4,}|\b(?:X-(?:Amz|Goog)-[\w-]+|X-Sig\w*|Signature)=[^\s&\"']+")
+
+
 class _ExactTransport(AiohttpTransport):
     """httpx-aiohttp's transport, sending URLs as they are written and keeping no cookies.
 
@@ -366,6 +372,8 @@ class ApiTransport:
         )
         self._deprecated = deprecated
         self._noted: set[str] = set()
+        self._sent: set[str] = set()
+        """Secrets that the service has seen, and could repeat in an error."""
         self.last_date = ""
         """The `Date` header of the last answer."""
         self.requests = 0
@@ -526,6 +534,7 @@ class ApiTransport:
             message = "the path on the wire would differ from the path that is meant; nothing was sent"
             raise errors.BadIdentifier(message, status=0)
         self.requests += 1
+        self._sent.update(value for value in (*secret.values(), *self._extra.values()) if len(value) >= _SECRET_LEAST)
         try:
             response = await self._client.send(request, stream=True)
         except (httpx.HTTPError, aiohttp.ClientError, OSError) as error:
@@ -534,6 +543,12 @@ class ApiTransport:
         self.last_date = response.headers.get("date", "")
         self._note_deprecation(url, response)
         return response
+
+    def _without_secrets(self, text: str) -> str:
+        """An error's text goes to logs, journal and catalog: what a server repeats of URLs and keys does not."""
+        for secret in self._sent:
+            text = text.replace(secret, "…")
+        return _TOKENS.sub("…", _URLS.sub(lambda found: f"{found.group(1)}/…", text))
 
     def _note_deprecation(self, url: httpx.URL, response: httpx.Response) -> None:
         note = response.headers.get("x-deprecation-note")
@@ -561,7 +576,7 @@ class ApiTransport:
 
     def _refusal(self, answer: Answer, method: str, segments: Sequence[str]) -> errors.TinkerSyncError:
         """Every status as the error that says what to do about it."""
-        status, detail = answer.status, answer.detail
+        status, detail = answer.status, self._without_secrets(answer.detail)
         said = f": {detail}" if detail else ""
         what = f"{method} {'/'.join(segments[2:])} at {self.host}"
         if status == 401:

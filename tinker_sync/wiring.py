@@ -35,7 +35,7 @@ from tinker_sync.destination.space import SpaceLedger
 from tinker_sync.enforcement import EnforcementSettings, Enforcer
 from tinker_sync.errors import ConfigInvalid, DiskTrouble, TinkerSyncError, WrongRoot
 from tinker_sync.inventory import Holdings, pin_matcher
-from tinker_sync.journal import Journal, read_events
+from tinker_sync.journal import Journal, end_of, read_events
 from tinker_sync.model.moments import rfc3339
 from tinker_sync.model.work import Damage, Replica
 from tinker_sync.passes import EngineSettings, Mirror
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
     from tinker_sync.config import LocalPolicy, RemotePolicy, Settings
+    from tinker_sync.model.deeds import Deed
     from tinker_sync.model.work import Trashed
     from tinker_sync.ports import Clock, Reporter
 
@@ -166,7 +167,7 @@ def open_root(
                 journal.append(
                     {"time": rfc3339(clock.now()), "event": "journal.repaired", "dropped_bytes": journal.dropped}
                 )
-            catalog.apply(read_events(state, catalog.journal_position()))
+            _take_up(catalog, state)
             _settle_move(tree, catalog, journal, clock)
             for committed in tree.recover():
                 catalog.add_replica(committed.replica)
@@ -174,6 +175,17 @@ def open_root(
                     catalog.replace_superseded(committed.replica.path, committed.superseded)
                 log.info("stage.recovered", checkpoint=str(committed.replica.path))
             yield OpenRoot(tree, catalog, journal, safeguards, facts)
+
+
+def _take_up(catalog: SqlCatalog, state: Path) -> None:
+    """What the journal tells and the catalog does not know yet."""
+    known, end = catalog.journal_position(), end_of(state)
+    if known <= end:
+        catalog.apply(read_events(state, known))
+        return
+    # Lines were taken away. What the catalog took up from them stays; what the journal has now is taken up from here.
+    log.warning("journal.shortened", known=known, found=end, hint="`tinker-sync history --check` tells more")
+    catalog.apply([*read_events(state, (end[0], 0)), (end, {"event": "journal.shortened"})])
 
 
 class _Custodian:
@@ -244,7 +256,7 @@ def _make_state(state: Path) -> None:
 def _open_catalog(state: Path, tree: LocalTree) -> SqlCatalog:
     """The catalog; one of another version, or a broken one, is rebuilt from the tree."""
     path = state / CATALOG_FILE
-    missing = not path.exists()
+    missing = not path.exists() or path.stat().st_size == 0
     try:
         catalog = SqlCatalog.open(path, network=is_network(state))
     except CatalogDamaged as error:
@@ -273,22 +285,25 @@ def rebuild_catalog(settings: Settings) -> tuple[int, list[Damage]]:
         replicas: list[Replica] = []
         for item in tree.list():
             (replicas if isinstance(item, Replica) else damaged).append(item)  # type: ignore[arg-type]
-        kept = _kept_facts(settings.state / CATALOG_FILE)
+        kept, deeds = _kept_facts(settings.state / CATALOG_FILE)
         remove_catalog(settings.state / CATALOG_FILE)
         with SqlCatalog.open(settings.state / CATALOG_FILE, network=is_network(settings.state)) as catalog:
             catalog.rebuild(replicas, tree.quarantined(), kept)
             catalog.apply(read_events(settings.state))
+            lost = catalog.keep_deeds(deeds)
+            if lost:
+                log.warning("journal.lacks", deeds=lost, hint="kept from the catalog before; the journal lost them")
         tree.repoint_latest()
         return len(replicas), damaged
 
 
-def _kept_facts(path: Path) -> dict[str, Any]:
-    """What only the catalog knows, where it can still be read."""
+def _kept_facts(path: Path) -> tuple[dict[str, Any], list[Deed]]:
+    """What only the catalog knows, where it can still be read: facts, and deeds, should the journal have lost them."""
     try:
         with SqlCatalog.open(path, read_only=True) as catalog:
-            return catalog.facts()
+            return catalog.facts(), list(catalog.deeds().values())
     except CatalogUnusable:
-        return {}
+        return {}, []
 
 
 def open_tree_for_reading(settings: Settings) -> LocalTree:

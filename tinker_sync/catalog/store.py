@@ -343,6 +343,14 @@ class SqlCatalog:
                 if kept is not None:
                     kept[after.key] = after
 
+    def keep_deeds(self, deeds: Sequence[Deed]) -> int:
+        """Add those of which nothing is known here; returns how many."""
+        missing = [deed for deed in deeds if deed.key not in self.deeds()]
+        self._deeds = None
+        with self._begin() as connection:
+            _insert(connection, schema.deeds, [_deed_row(deed) for deed in missing])
+        return len(missing)
+
     def moving(self) -> tuple[TinkerPath, str] | None:
         """The replica that was on its way into or out of the trash when the process died."""
         with self._begin() as connection:

@@ -132,6 +132,8 @@ def run_async(work: Coroutine[Any, Any, int]) -> NoReturn:
             return await work
         except asyncio.CancelledError:
             if received:
+                if "--json" in sys.argv:
+                    render.print_json({"error": "interrupted", "exit_code": 128 + received[0]})
                 render.warn("interrupted: nothing half-made was left behind; run it again to go on")
                 return 128 + received[0]
             raise

@@ -9,13 +9,15 @@ from tinker_sync.cli import plan as planning
 from tinker_sync.cli import render, work
 from tinker_sync.destination.safeguards import lift_stop, read_stop
 from tinker_sync.errors import FixFirst, TinkerSyncError
-from tinker_sync.journal import examine, read_events
+from tinker_sync.journal import end_of, examine, read_events
 from tinker_sync.model.checkpoint import Listing
 from tinker_sync.model.moments import parse_time, rfc3339
 from tinker_sync.passes import PassResult
 from tinker_sync.wiring import (
+    CATALOG_FILE,
     Silent,
     check_owner,
+    open_catalog_for_reading,
     open_enforcer,
     open_mirror,
     open_root,
@@ -169,9 +171,17 @@ def trash_restore(settings: Settings, wanted: list[str], *, as_json: bool) -> in
                 continue
             item = items[-1]
             facts = {"tinker_path": str(item.path), "entry": item.entry}
+            digest = next(
+                (
+                    event.get("manifest_sha256")
+                    for _, event in read_events(settings.state)
+                    if event["event"] == "local.trashed" and event.get("entry") == item.entry
+                ),
+                None,
+            )
             _note(root, "local.intent", **facts, action="restore", directory="")
             try:
-                committed = root.tree.restore(item.entry)
+                committed = root.tree.restore(item.entry, digest)
             except (TinkerSyncError, FileNotFoundError) as error:
                 _note(root, "local.failed", **facts, answer=str(error))
                 failed.append({"name": name, "error": str(error)})
@@ -281,7 +291,7 @@ def _what(event: dict[str, Any]) -> str:
     if isinstance(event.get("reasons"), list):
         parts.append(", ".join(map(str, event["reasons"])))
     if isinstance(event.get("read_back"), dict):
-        parts.append(f"read back {event['read_back'].get('files')} files, {render.size(event['read_back']['bytes'])}")
+        parts.append(f"read back {event['read_back'].get('files')} files, {event['read_back'].get('bytes')} bytes")
     if event.get("unproven"):
         parts.append("unproven")
     return "; ".join(parts)
@@ -289,6 +299,13 @@ def _what(event: dict[str, Any]) -> str:
 
 def _check(settings: Settings, *, as_json: bool) -> int:
     found = examine(settings.state)
+    if (settings.state / CATALOG_FILE).exists():
+        with open_catalog_for_reading(settings) as catalog:
+            known, end = catalog.journal_position(), end_of(settings.state)
+        if known > end:
+            found.problems.append(
+                f"it ends at {end}, and the catalog took up events as far as {known}: lines are missing"
+            )
     if as_json:
         render.print_json(
             {

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import stat
 import threading
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Final
@@ -70,6 +71,15 @@ def replace_file(path: Path, content: bytes, *, mode: int = 0o600) -> None:
             temporary.unlink()
         raise
     fsync_directory(path.parent)
+
+
+def read_small(path: Path) -> bytes:
+    """The content of a regular file; a FIFO in its place does not hold us up. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with open(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "is no regular file", str(path))
+        return file.read()
 
 
 def write_new(path: Path, content: bytes, *, mode: int) -> None:

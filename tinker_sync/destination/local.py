@@ -35,7 +35,7 @@ from tinker_sync.errors import DiskTrouble, TransferFailed
 from tinker_sync.model.documents import json_bytes
 from tinker_sync.model.evidence import Defect, Kind
 from tinker_sync.model.manifest import Manifest, ManifestInvalid
-from tinker_sync.model.moments import UNKNOWN_TIME, compact, parse_time, rfc3339
+from tinker_sync.model.moments import FAR_FUTURE, UNKNOWN_TIME, compact, parse_time, rfc3339
 from tinker_sync.model.names import decode_component, encode_component, hashed_component, is_superseded, superseded_name
 from tinker_sync.model.paths import MANIFEST_NAME, TinkerPath
 from tinker_sync.model.work import Committed, Damage, Failure, ReadBack, Replica, Trashed, Trouble
@@ -209,6 +209,12 @@ class LocalTree:
     def read(self, directory: str, advanced: Callable[[int], None] = lambda _: None) -> ReadBack:
         """Read a replica back from the disk. Raises nothing for what is on the disk: defects tell."""
         path = self.root / directory
+        for part in (path, *path.relative_to(self.root).parents):
+            if (self.root / part).is_symlink():
+                elsewhere = Defect(
+                    Kind.CONTENT, "is a symbolic link: what is not below the root is no replica", str(part)
+                )
+                return ReadBack(None, "", (elsewhere,))
         try:
             manifest, digest = read_manifest(path)
         except (FileNotFoundError, NotADirectoryError):
@@ -233,26 +239,33 @@ class LocalTree:
             if at is not None and not home.name.endswith(_PART) and (before is None or at <= before)
         )
 
-    def restore(self, entry: str) -> Committed:
+    def restore(self, entry: str, manifest_sha256: str | None = None) -> Committed:
         """Give a trashed replica its name back, or one beside it where another object has that name now.
 
-        Raises NoSpace, DiskTrouble; FileNotFoundError when there is no such entry.
+        It is read first: only what is whole, and has the manifest that it went with, comes back. A damaged replica of
+        the same object changes places with it. Raises NoSpace, DiskTrouble; FileNotFoundError when there is no such
+        entry.
         """
         home = self.root / STATE_DIRECTORY / "trash" / entry
         if "/" in entry or _trashed_at(entry) is None or not home.is_dir():
             raise FileNotFoundError(entry)
-        try:
-            manifest, _ = read_manifest(home)
-        except (OSError, ManifestInvalid) as error:
-            message = f"{home} cannot be restored: {error}"
-            raise DiskTrouble(message) from error
+        read = self.read(str(home.relative_to(self.root)))
+        manifest, problem = read.manifest, "; ".join(str(defect) for defect in read.defects[:3])
+        if manifest_sha256 is not None and read.manifest_sha256 not in ("", manifest_sha256):
+            problem = "its manifest is not the one that it went with"
+        if manifest is None or problem:
+            message = f"{home} is not whole, and stays in the trash: {problem}"
+            raise DiskTrouble(message)
         with disk_errors("cannot restore", home):
             there = self.find(manifest.tinker_path)
             if there is None:
                 return self.place(home, manifest, home, repairs=False)
             if there.replica.identity.matches(manifest.identity):
-                message = f"{manifest.tinker_path} is here already (`tinker-sync verify` tells how it is): not restored"
-                raise DiskTrouble(message)
+                if not self.read(there.replica.directory).defects:
+                    message = f"{manifest.tinker_path} is here already, whole: nothing was restored"
+                    raise DiskTrouble(message)
+                self.retire(there.replica.directory)
+                return self.place(home, manifest, home, repairs=False)
             with self._renames:
                 final = self.root / there.replica.directory
                 aside = final.with_name(superseded_name(final.name, manifest.time))
@@ -551,9 +564,10 @@ class LocalStage:
 def _trashed_at(entry: str) -> datetime | None:
     """When an entry went into the trash; None for a name that is no entry's."""
     try:
-        return datetime.strptime(entry[:16], "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC)
+        at = datetime.strptime(entry[:16], "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC)
     except ValueError:
         return None
+    return at if at.year < FAR_FUTURE.year else None
 
 
 def _as_trashed(home: Path) -> Trashed:

@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from tinker_sync.destination.files import read_small
 from tinker_sync.integrity import judge_replica
 from tinker_sync.model.evidence import Defect, Kind, SeenFile
 from tinker_sync.model.manifest import Manifest
@@ -22,9 +23,7 @@ _PIECE: Final = 1024 * 1024
 
 def read_manifest(directory: Path) -> tuple[Manifest, str]:
     """A replica's manifest and the SHA-256 of its file. Raises OSError, ManifestInvalid."""
-    descriptor = os.open(directory / MANIFEST_NAME, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    with open(descriptor, "rb") as file:
-        content = file.read()
+    content = read_small(directory / MANIFEST_NAME)
     return Manifest.from_bytes(content), hashlib.sha256(content).hexdigest()
 
 

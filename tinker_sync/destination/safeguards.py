@@ -11,7 +11,7 @@ import os
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
-from tinker_sync.destination.files import replace_file
+from tinker_sync.destination.files import read_small, replace_file
 from tinker_sync.errors import FixFirst
 from tinker_sync.model.moments import rfc3339
 
@@ -46,21 +46,26 @@ class FileSafeguards:
 
 def read_stop(state: Path) -> str | None:
     """The reason in the stop flag, or None where there is none."""
-    try:
-        text = (state / STOP_FILE).read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
+    path = state / STOP_FILE
+    if not os.path.lexists(path):
         return None
+    try:
+        text = read_small(path).decode(errors="replace")
     except OSError as error:
-        return f"the stop flag cannot be read: {error.strerror}"
+        return f"the stop flag {path} cannot be read ({error.strerror}), so it stops"
     try:
         return str(json.loads(text)["reason"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return text.strip() or "somebody made the stop flag by hand"
 
 
 def lift_stop(state: Path) -> None:
-    """Remove the stop flag. Raises OSError."""
-    (state / STOP_FILE).unlink(missing_ok=True)
+    """Remove the stop flag, whatever it is. Raises OSError."""
+    path = state / STOP_FILE
+    if path.is_dir() and not path.is_symlink():
+        path.rmdir()
+    else:
+        path.unlink(missing_ok=True)
 
 
 def read_pins(state: Path) -> tuple[str, ...]:
