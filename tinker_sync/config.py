@@ -449,6 +449,52 @@ class Settings(BaseSettings):
         ]
 
 
+RESTART_ONLY: Final = {
+    "tinker": None,
+    "mirror": (
+        "root",
+        "state",
+        "min_free",
+        "file_mode",
+        "dir_mode",
+        "portable_names",
+        "must_be_mount",
+        "keep_superseded",
+        "require_marker",
+    ),
+    "transfer": ("connections", "stall_timeout", "bandwidth"),
+    "status": None,
+    "log": None,
+}
+"""What a running service cannot change: whole sections (None), or these keys."""
+
+
+def reload_difference(old: Settings, new: Settings) -> tuple[list[str], list[str]]:
+    """Which keys differ, as `[section] key`, and which of them need a restart."""
+    changed: list[str] = []
+    fixed: list[str] = []
+    for section in _sections():
+        mine, theirs = getattr(old, section), getattr(new, section)
+        for key in type(mine).model_fields:
+            if getattr(mine, key) != getattr(theirs, key):
+                keys = RESTART_ONLY.get(section, ())
+                (fixed if keys is None or key in keys else changed).append(f"[{section}] {key}")
+    return changed, fixed
+
+
+def reloaded(old: Settings, new: Settings, *, retention: bool) -> Settings:
+    """The new settings, with the old values of what cannot change while running, and of [retention] unless asked for."""
+    sections: dict[str, object] = {}
+    for section in _sections():
+        mine, theirs = getattr(old, section), getattr(new, section)
+        keys = RESTART_ONLY.get(section, ())
+        if keys is None or (section == "retention" and not retention):
+            sections[section] = mine
+        else:
+            sections[section] = theirs.model_copy(update={key: getattr(mine, key) for key in keys})
+    return new.model_copy(update=sections)
+
+
 class FileSettings(Settings):
     """Settings that the environment does not touch: the demo's must not lead into a real mirror."""
 

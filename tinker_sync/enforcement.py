@@ -190,15 +190,43 @@ class Enforcer:
         self._of_runs: dict[str, Holdings] = {}
         self.trouble: TinkerSyncError | None = None
         """What is wrong on this side, pins or journal: it ends retention, and not the copying."""
+        self._turn = asyncio.Lock()
+        """Held while deeds are done: a listing meanwhile settles none of them."""
         self.result = Enforced()
+
+    def renew(self) -> Enforced:
+        """Count anew, unless deeds are being done just now."""
+        if not self._turn.locked():
+            self.result = Enforced()
+        return self.result
+
+    def configure(self, settings: EnforcementSettings) -> None:
+        """Go on by other settings: from the next decision."""
+        self._settings = settings
 
     # Listing
 
     async def survey(self) -> Listing | Sighting:
-        """List the account, record it, and settle what earlier deeds came to.
+        """List the account, record it, and settle what earlier deeds came to, unless deeds are being done just now.
 
         Raises ServiceTrouble when not even one page could be read.
         """
+        found = await self._observed()
+        if isinstance(found, Listing) and not self._turn.locked():
+            async with self._turn:
+                await self._settle_all(found)
+        return found
+
+    async def _settle_all(self, found: Listing) -> None:
+        self.trouble = None
+        try:
+            await self._settle(found)
+            await self._watch(found)
+        except (FixFirst, DiskTrouble) as error:  # no reason not to copy; retention raises it again
+            self.trouble = error
+            log.error("retention.trouble", error=str(error))  # noqa: TRY400 - told in words
+
+    async def _observed(self) -> Listing | Sighting:
         found = await self._account.list()
         if isinstance(found, Listing) and await self._index(partial(self._shrank, found)):
             log.warning("listing.shrank", listed=len(found.checkpoints), again_in=SHRUNK_AGAIN)
@@ -207,13 +235,6 @@ class Enforcer:
         complete = isinstance(found, Listing)
         observing = partial(self._catalog.observe, found.checkpoints, found.seen_at, complete=complete)
         await self._index(observing)
-        if isinstance(found, Listing):
-            try:
-                await self._settle(found)
-                await self._watch(found)
-            except (FixFirst, DiskTrouble) as error:  # no reason not to copy; retention raises it again
-                self.trouble = error
-                log.error("retention.trouble", error=str(error))  # noqa: TRY400 - told in words
         return found
 
     def _shrank(self, found: Listing) -> bool:
@@ -400,11 +421,12 @@ class Enforcer:
             result.breaker = plan.breaker
             log.error("breaker.tripped", **plan.breaker.as_json())
             return result
-        try:
-            await self._carry_out(decision, since, now)
-        except _Halt as halt:
-            result.stopped = str(halt)
-        await self._confirm()
+        async with self._turn:
+            try:
+                await self._carry_out(decision, since, now)
+            except _Halt as halt:
+                result.stopped = str(halt)
+            await self._confirm()
         return result
 
     def _is_idle(self) -> bool:
@@ -418,7 +440,9 @@ class Enforcer:
         """After deletes, list again: it confirms them, and shows what else went. Trouble leaves that to the next pass."""
         if self.result.deleted:
             try:
-                found = await self.survey()
+                found = await self._observed()
+                if isinstance(found, Listing):
+                    await self._settle_all(found)
             except ServiceTrouble as error:
                 log.warning("deletes.unconfirmed", error=str(error))
                 return

@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from concurrent.futures import Executor
 
-    from tinker_sync.enforcement import Enforcer
+    from tinker_sync.enforcement import EnforcementSettings, Enforcer
     from tinker_sync.model.checkpoint import Checkpoint, Sighting
     from tinker_sync.model.paths import TinkerPath
     from tinker_sync.model.work import Committed, Replica, Transfer
@@ -78,6 +78,8 @@ LARGE: Final = 64_000_000
 """Bytes; larger transfers share `concurrency` slots, smaller ones only the connections."""
 SERVER_PAUSES: Final = 3
 """How often `sync` waits for a server in trouble, without any success between, before it gives up."""
+LONGEST_PAUSE: Final = 900.0
+"""Seconds; how long a service waits at most before it asks a server in trouble again."""
 _SUCCESS_NOTED_EVERY: Final = timedelta(hours=1)
 _ANSWER_HOLDS: Final = 5.0
 """Seconds for which one answer to "does the service work?" is good."""
@@ -91,6 +93,10 @@ class EngineSettings:
     concurrency: int = 4
     connections: int = 16
     poll_interval: float = 60.0
+    full_interval: float = 900.0
+    """Seconds after which a large account is listed in full again; until then a poll reads one page."""
+    small_account: int = 5000
+    """Up to so many checkpoints every poll is a full listing."""
     enforce: bool = False
     """Whether `sync` carries out what retention decides."""
     rescue: bool = False
@@ -209,6 +215,9 @@ class Mirror:
         self._asked: tuple[float, bool] | None = None
         self._rate: float | None = None
         self._listed: tuple[float, Listing | Sighting] | None = None
+        self._listed_at = float("-inf")
+        self._patient = False
+        """A service waits for a server in trouble; a command gives up after a while."""
         self.result = PassResult(enforced=enforcer.result)
 
     async def sync(self) -> PassResult:
@@ -235,6 +244,72 @@ class Mirror:
             self.result.seconds = self._clock.monotonic() - begun
             await self._save_pass()
         return self.result
+
+    async def serve(self) -> None:
+        """Transfer whatever polls put into the queue, until this is cancelled. Raises TinkerSyncError for a broken disk."""
+        self._served = await self._index(self._catalog.served)
+        self._patient = True
+        await self._work(forever=True)
+
+    async def poll(self) -> PassResult:
+        """One poll of the service: re-plan the queue by a listing, or by one page where that is enough.
+
+        Raises ServiceTrouble.
+        """
+        begun = self._clock.monotonic()
+        if begun - self._listed_at < self._settings.full_interval and len(self._rows) > self._settings.small_account:
+            await self._peek()
+            return self.result
+        self.result = PassResult(enforced=self._enforcer.renew())
+        try:
+            await self._poll()
+            if self.result.complete:
+                self._listed_at = begun
+        except ServiceTrouble as error:
+            self.result.service_error = str(error)
+            raise
+        finally:
+            self.result.seconds = self._clock.monotonic() - begun
+            await self._save_pass()
+            self._changed.set()
+        return self.result
+
+    async def retain(self) -> None:
+        """Retention of the service, beside polls and transfers. Raises nothing that a later pass can mend."""
+        await self._retain_after_copying()
+        await self._save_enforced()
+
+    @property
+    def waiting(self) -> int:
+        """How many transfers wait or run."""
+        return len(self._queue.pending()) + len(self._running)
+
+    def configure(self, settings: EngineSettings, enforcement: EnforcementSettings) -> None:
+        """Go on by other settings: from the next poll, and for transfers that start from now on."""
+        self._settings = settings
+        self._enforcer.configure(enforcement)
+        self._listed_at = float("-inf")
+        self._changed.set()
+
+    async def _peek(self) -> None:
+        """A large account that was listed a while ago: one page shows what is new."""
+        found = await self._account.peek()
+        fresh = []
+        for row in found.checkpoints:
+            known = self._rows.get(row.path)
+            if known is None or not known.identity.matches(row.identity):
+                fresh.append(row)
+        if not fresh:
+            return
+        await self._index(lambda: self._catalog.observe(fresh, found.seen_at, complete=False))
+        known_here = await self._index(self._catalog.known)
+        plan = plan_transfers(
+            fresh, known_here, self._settings.selection, now=self._clock.now(), bytes_per_second=self._rate
+        )
+        self._rows |= {row.path: row for row in fresh}
+        waiting = [transfer for transfer in self._queue.pending() if transfer.path not in {row.path for row in fresh}]
+        self._queue.offer([*plan.transfers, *waiting])
+        self._changed.set()
 
     async def fetch(self, paths: Sequence[TinkerPath]) -> PassResult:
         """Transfer exactly these now, whatever selection and back-off say.
@@ -407,14 +482,14 @@ class Mirror:
 
     # Transferring
 
-    async def _work(self) -> None:
+    async def _work(self, *, forever: bool = False) -> None:
         """Run transfers until nothing waits and nothing runs."""
         try:
             async with asyncio.TaskGroup() as group:
-                while self._running or self._queue.pending():
+                while forever or self._running or self._queue.pending():
                     self._changed.clear()
                     await self._start_what_may(group)
-                    if self._running or self._queue.pending():
+                    if forever or self._running or self._queue.pending():
                         await self._wait_for_change()
         except BaseExceptionGroup as several:
             raise _first_of(several) from None
@@ -576,9 +651,13 @@ class Mirror:
         now = self._clock.monotonic()
         if now >= self._paused_until:
             self._pauses += 1
-            self._paused_until = now + (error.retry_after or min(30.0, 2.0 * 2**self._pauses))
+            longest = 30.0 if self._settings.poll_interval < 30 or not self._patient else LONGEST_PAUSE
+            pause = min(longest, 2.0 * 2 ** min(self._pauses, 20)) * (1 - self._jitter() / 5)
+            self._paused_until = now + (error.retry_after or pause)
             log.warning("service.trouble", error=str(error), pause=round(self._paused_until - now, 1))
-        if self._pauses <= SERVER_PAUSES and not isinstance(error, CredentialMissing | CredentialRefused):
+        if self._patient or (
+            self._pauses <= SERVER_PAUSES and not isinstance(error, CredentialMissing | CredentialRefused)
+        ):
             self._queue.defer(transfer, max(0.0, self._paused_until - now))
             return
         self.result.service_error = str(error)

@@ -49,6 +49,10 @@ class Account(Protocol):
         """Everything that the account shows. Raises ServiceTrouble when not even one page could be read."""
         ...
 
+    async def peek(self) -> Sighting:
+        """The first page, newest first: what is new since the last listing. Raises ServiceTrouble."""
+        ...
+
     async def look(self, run_id: str) -> tuple[Checkpoint, ...]:
         """What one run shows now. Raises ServiceTrouble, RequestRefused."""
         ...

@@ -419,15 +419,22 @@ async def open_mirror(
             clock=clock,
             reporter=reporter,
             indexer=indexer,
-            settings=EngineSettings(
-                selection=selection(settings),
-                concurrency=settings.transfer.concurrency,
-                connections=connections,
-                poll_interval=settings.poll.interval.total_seconds(),
-                enforce=settings.retention.enforce,
-                rescue=settings.mirror.extend_ttl,
-            ),
+            settings=engine_settings(settings),
         )
+
+
+def engine_settings(settings: Settings) -> EngineSettings:
+    """The engine's plain arguments."""
+    return EngineSettings(
+        selection=selection(settings),
+        concurrency=settings.transfer.concurrency,
+        connections=settings.transfer.connections,
+        poll_interval=settings.poll.interval.total_seconds(),
+        full_interval=settings.poll.full_interval.total_seconds(),
+        small_account=5 * settings.tinker.page_size,
+        enforce=settings.retention.enforce,
+        rescue=settings.mirror.extend_ttl,
+    )
 
 
 @asynccontextmanager
@@ -464,16 +471,21 @@ def _enforcer(
         clock=clock,
         readers=readers,
         indexer=indexer,
-        settings=EnforcementSettings(
-            rules=retention_rules(settings),
-            short_ttl=settings.mirror.short_ttl,
-            by=command,
-            max_shrink_fraction=settings.retention.max_shrink_fraction,
-            trash=settings.retention.trash,
-            extend_ttl_max=settings.mirror.extend_ttl_max,
-            types_known_apart=types_known_apart(settings),
-            reads_at_once=cores,
-        ),
+        settings=enforcement_settings(settings, command),
+    )
+
+
+def enforcement_settings(settings: Settings, command: str) -> EnforcementSettings:
+    """Enforcement's plain arguments. Raises ConfigInvalid."""
+    return EnforcementSettings(
+        rules=retention_rules(settings),
+        short_ttl=settings.mirror.short_ttl,
+        by=command,
+        max_shrink_fraction=settings.retention.max_shrink_fraction,
+        trash=settings.retention.trash,
+        extend_ttl_max=settings.mirror.extend_ttl_max,
+        types_known_apart=types_known_apart(settings),
+        reads_at_once=os.cpu_count() or 2,
     )
 
 

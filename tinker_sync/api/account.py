@@ -65,6 +65,10 @@ class TinkerAccount:
         """Everything that the account shows. Raises ServiceTrouble when not even the first page came."""
         return await self._lister.list()
 
+    async def peek(self) -> Sighting:
+        """The first page, newest first. Raises ServiceTrouble."""
+        return await self._lister.peek()
+
     async def look(self, run_id: str) -> tuple[Checkpoint, ...]:
         """What one run shows now. Raises ServiceTrouble, RequestRefused; ProtocolBroken when it may lack something."""
         answer = await self._client.list_checkpoints(run_id)

@@ -275,6 +275,19 @@ class AccountLister:
             return Sighting(rows, seen_at, tuple(walk.doubts))
         return Listing(rows, seen_at)
 
+    async def peek(self) -> Sighting:
+        """The newest rows alone, where one call gives those; else everything, as a sighting. Raises ServiceTrouble."""
+        if self._mode not in ("auto", "user"):
+            found = await self.list()
+            return Sighting(found.checkpoints, found.seen_at, ("a look",))
+        seen_at = self._now()
+        try:
+            page = _as_page(await self._client.list_user_checkpoints(self._page_size, 0))
+        except RequestRefused as error:
+            message = f"the account cannot be listed: {error}"
+            raise ServiceTrouble(message) from error
+        return Sighting(_newest_of_each_path(page.rows), seen_at, ("only the first page",))
+
     def _skew(self) -> timedelta:
         """How far this host's clock is ahead of the service's."""
         theirs = self._service_time()

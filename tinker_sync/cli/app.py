@@ -156,6 +156,31 @@ def sync(context: typer.Context, *, json: JsonOption = False) -> None:
         run_async(work.sync(settings, reporter, as_json=json))
 
 
+@app.command(name="run")
+def serve(context: typer.Context) -> None:
+    """The service: poll, copy and enforce until SIGTERM; SIGHUP and a changed configuration file reload.
+
+    Made for systemd (`tinker-sync install-service`), and content without. Exit code 0 on SIGTERM.
+    """
+    from tinker_sync.cli import service  # noqa: PLC0415
+
+    settings = load_with_logs(context)
+    run_async(service.run(settings, context.obj.config))
+
+
+@app.command(name="install-service")
+def install_service(
+    context: typer.Context,
+    *,
+    user: Annotated[bool, typer.Option("--user", help="For this user's own systemd, without root.")] = False,
+    directory: Annotated[Path | None, typer.Option(help="Write the units there instead; for a look.")] = None,
+) -> None:
+    """Write the systemd units with the right paths, and say the next two commands."""
+    from tinker_sync.cli import service  # noqa: PLC0415
+
+    raise typer.Exit(service.install(context.obj.config, user=user, directory=directory))
+
+
 @app.command()
 def fetch(
     context: typer.Context,

@@ -1,0 +1,285 @@
+"""The service, as a process of its own: it mirrors, reloads, survives trouble, and ends when it is told to."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.conftest import Site, command, run
+from tinker_sync.config import Settings, reload_difference, reloaded
+from tinker_sync.daemon.schedule import Backoff
+from tinker_sync.daemon.service import Beats
+from tinker_sync.daemon.supervisor import Supervisor
+from tinker_sync.errors import CredentialRefused, Overloaded, Unreachable
+from tinker_sync.sandbox import Fault, adapter
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+RUN = "39aa5eb2-e234-5a95-ab68-896e4cac8c45:train:0"
+QUICK = '[poll]\ninterval = "1s"\n'
+
+
+@pytest.fixture
+def site(outside: Site) -> Site:
+    """The service is a process of its own."""
+    return outside
+
+
+class Running:
+    """A service, and what it told its manager."""
+
+    def __init__(self, process: subprocess.Popen[str], channel: socket.socket, log: Path) -> None:
+        self.process = process
+        self._channel = channel
+        self._log = log
+        self.told: list[str] = []
+
+    def hear(self) -> list[str]:
+        """Everything so far."""
+        while True:
+            try:
+                self.told.append(self._channel.recv(4096).decode())
+            except BlockingIOError:
+                return self.told
+
+    @property
+    def log(self) -> str:
+        """Its log."""
+        return self._log.read_text()
+
+    def until(self, what: Callable[[], Any], seconds: float = 20) -> Any:
+        """Wait for something to be so."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            found = what()
+            if found:
+                return found
+            assert self.process.poll() is None, self.log
+            time.sleep(0.05)
+        raise AssertionError(self.log)
+
+    def end(self, number: int = signal.SIGTERM) -> tuple[int, float]:
+        """Signal it; its exit code, and how long it took."""
+        begun = time.monotonic()
+        self.process.send_signal(number)
+        return self.process.wait(20), time.monotonic() - begun
+
+
+@contextmanager
+def serving(site: Site, extra: str = QUICK, **environment: str) -> Iterator[Running]:
+    """`tinker-sync run`, with somebody who listens."""
+    config = site.write_config(extra)
+    address, log = str(site.home / "notify"), site.home / "log"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel, log.open("w") as out:
+        channel.bind(address)
+        channel.setblocking(False)  # noqa: FBT003 - the library's own
+        process = subprocess.Popen(
+            command("--log-format", "json", "--config", str(config), "run"),
+            stderr=out,
+            stdout=out,
+            text=True,
+            env={**os.environ, "NOTIFY_SOCKET": address, **environment},
+        )
+        try:
+            yield Running(process, channel, log)
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait(10)
+            Path(address).unlink()
+
+
+def replicas(site: Site) -> set[str]:
+    """The names that are here."""
+    return {path.name for path in (site.root / RUN / "weights").glob("*") if path.is_dir()}
+
+
+def test_it_mirrors_and_ends(site: Site) -> None:
+    """Ready before long work; what is new is there within a poll or two; SIGTERM ends it at once, with 0."""
+    site.sandbox.account.add(RUN, "000000", payload=adapter(0))
+    with serving(site, WATCHDOG_USEC="900000") as service:
+        service.until(lambda: "READY=1" in service.hear())
+        service.until(lambda: replicas(site) == {"000000"})
+        site.sandbox.account.add(RUN, "000001", payload=adapter(1), ttl=timedelta(hours=4))
+        service.until(lambda: replicas(site) == {"000000", "000001"}, 5)
+        service.until(lambda: any(line.startswith("STATUS=2 listed") for line in service.hear()))
+        assert json.loads(run(["--config", str(site.home / "config.toml"), "status", "--json"]).stdout)["replicas"] == 2
+        assert run(["--config", str(site.home / "config.toml"), "sync"], check=4)
+        service.until(lambda: service.hear().count("WATCHDOG=1") > 2)
+        code, seconds = service.end()
+        assert (code, seconds < 5) == (0, True)
+        assert service.hear()[-1] == "STOPPING=1"
+        assert "Traceback" not in service.log
+
+
+def test_sigterm_in_the_middle_of_a_transfer(site: Site) -> None:
+    """It ends at once and leaves nothing half-made; the next start goes on."""
+    site.sandbox.account.add(RUN, "slow", payload=adapter(0, pad_to=3_000_000))
+    site.sandbox.faults.append(Fault("storage", "stall", at=1_000_000, seconds=60))
+    with serving(site) as service:
+        service.until(lambda: list((site.root / ".tinker-sync" / "staging").glob("*")))
+        code, seconds = service.end()
+    assert (code, seconds < 10) == (0, True)
+    assert list((site.root / ".tinker-sync" / "staging").iterdir()) == []
+    site.sandbox.faults.clear()
+    with serving(site) as service:
+        service.until(lambda: replicas(site) == {"slow"})
+
+
+def test_it_survives_trouble_of_the_service(site: Site) -> None:
+    """500, garbage, a refused credential: told, and mended by itself when they are over."""
+    site.sandbox.faults.append(Fault("list", "body", status=200, body=b"<html>"))
+    with serving(site) as service:
+        service.until(lambda: any("in trouble" in line for line in service.hear()))
+        site.sandbox.account.add(RUN, "000000", payload=adapter(0))
+        site.sandbox.faults.clear()
+        service.until(lambda: replicas(site) == {"000000"})
+        key, site.sandbox.key = site.sandbox.key, "tml-another"
+        service.until(lambda: "poll.failed" in service.log.rpartition("transfer.committed")[2])
+        site.sandbox.key = key
+        site.sandbox.account.add(RUN, "000001", payload=adapter(1))
+        service.until(lambda: len(replicas(site)) == 2, 40)
+        assert service.end()[0] == 0
+
+
+def test_a_changed_file_is_taken_up_and_a_bad_one_refused(site: Site) -> None:
+    """What is selected changes at once; [retention] waits for SIGHUP; what cannot change is said."""
+    for kind in ("training", "sampler"):
+        site.sandbox.account.add(RUN, "000000", kind, payload=adapter(0))
+    only = QUICK + "[transfer]\nconcurrency = 2\n"
+    config = site.home / "config.toml"
+    with serving(site, 'types = ["training"]\n' + only) as service:
+        service.until(lambda: replicas(site) == {"000000"})
+        good = config.read_text()
+        config.write_text(good.replace("concurrency", "concurency"))
+        service.until(lambda: "config.refused" in service.log)
+        assert "did you mean 'concurrency'" in service.log
+        changed = (
+            good.replace('["training"]', '["training", "sampler"]')
+            + '[retention]\nmax_deletes = 7\n[log]\nlevel = "debug"\n'
+        )
+        temporary = config.with_suffix(".new")
+        temporary.write_text(changed)
+        temporary.rename(config)  # as an editor saves
+        sampler = site.root / RUN / "sampler_weights" / "000000"
+        service.until(sampler.is_dir)
+        assert "config.retention_waits" in service.log
+        assert "[log] level" in service.log
+        service.process.send_signal(signal.SIGHUP)
+        service.until(lambda: '{"keys": ["[retention] max_deletes"], "event": "config.reloaded"' in service.log)
+        service.until(lambda: service.hear().count("READY=1") >= 3)
+        assert service.end()[0] == 0
+
+
+def test_retention_runs_beside(site: Site) -> None:
+    """After a proven listing, by the service itself."""
+    now = site.sandbox.account.now()
+    for n in range(5):
+        site.sandbox.account.add(RUN, f"{n:06}", payload=adapter(n), time=now - timedelta(days=5 - n))
+    policy = '[retention]\nenforce = true\nmax_delete_fraction = 1.0\n[[retention.remote]]\nname = "p"\ntypes = ["training"]\nkeep_last = 2\n'
+    with serving(site, QUICK + policy) as service:
+        service.until(lambda: len(site.sandbox.account.deleted) == 3)
+        service.until(lambda: "checkpoint.deleted" in service.log)
+        assert service.end()[0] == 0
+    history = run(["--config", str(site.home / "config.toml"), "history", "--json"], check=0)
+    events = json.loads(history.stdout)["events"]
+    assert {event["by"] for event in events if event["event"] == "delete.intent"} == {"run"}
+
+
+def test_a_large_account_is_looked_at_by_one_page(site: Site) -> None:
+    """Between full listings a poll is one request, and what is new is copied all the same."""
+    for n in range(60):
+        site.sandbox.account.add(RUN, f"{n:06}", payload=adapter(1))
+    extra = QUICK + 'full_interval = "1h"\n'
+    with serving(site, extra, TINKER_SYNC__TINKER__PAGE_SIZE="10") as service:
+        service.until(lambda: len(replicas(site)) == 60, 40)
+        time.sleep(1.5)
+        site.sandbox.requests.clear()
+        time.sleep(3)
+        pages = [path for method, path in site.sandbox.requests if path.endswith("/checkpoints")]
+        assert 1 <= len(pages) <= 5
+        site.sandbox.account.add(RUN, "new", payload=adapter(2))
+        service.until(lambda: "new" in replicas(site), 5)
+        assert service.end()[0] == 0
+
+
+def test_a_hung_loop_is_not_covered_up() -> None:
+    """The watchdog is fed while every loop is before its deadline, and not longer."""
+    at = 0.0
+    beats = Beats(lambda: at)
+    beats.expect("poll", 60)
+    beats.expect("retention", 600)
+    assert beats.late() == []
+    at = 61
+    assert beats.late() == ["poll"]
+    beats.expect("poll", 60)
+    assert beats.late() == []
+
+
+def test_how_long_a_poll_waits() -> None:
+    """Doubling to 15 minutes; a refused credential from a minute on; short intervals never over 30 s."""
+    backoff = Backoff(60.0)
+    trouble = Unreachable("no")
+    assert [backoff.after(trouble, 0.0) for _ in range(6)] == [60, 120, 240, 480, 900, 900]
+    assert backoff.after_success() == 60
+    assert backoff.after(CredentialRefused("no"), 0.0) == 60
+    assert backoff.after(Overloaded("no", status=429, retry_after=300), 0.0) == 300
+    quick = Backoff(1.0)
+    assert max(quick.after(trouble, 0.0) for _ in range(20)) == 30
+    assert max(quick.after(CredentialRefused("no"), 0.0) for _ in range(20)) == 30
+    assert Backoff(60.0).after(trouble, 0.99) < 60
+
+
+def test_the_supervisor_never_raises(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nobody listening, an address that is none, an abstract one; children do not inherit it."""
+    for address in ("", str(tmp_path / "nobody"), "@abstract-nobody"):
+        monkeypatch.setenv("NOTIFY_SOCKET", address)
+        monkeypatch.setenv("WATCHDOG_USEC", "30000000")
+        told = Supervisor()
+        told.ready()
+        told.status("x\ny")
+        assert told.watchdog == 30
+        assert "NOTIFY_SOCKET" not in os.environ
+        assert "WATCHDOG_USEC" not in os.environ
+
+
+def test_what_a_reload_changes() -> None:
+    """Keys that need a restart keep their old values; [retention] unless it is asked for."""
+    old = Settings.model_validate({})
+    new = Settings.model_validate(
+        {
+            "poll": {"interval": "5s"},
+            "mirror": {"types": ["sampler"], "dir_mode": "0750"},
+            "retention": {"max_deletes": 3},
+        }
+    )
+    changed, fixed = reload_difference(old, new)
+    assert set(changed) == {"[poll] interval", "[mirror] types", "[retention] max_deletes"}
+    assert fixed == ["[mirror] dir_mode"]
+    merged = reloaded(old, new, retention=False)
+    assert (merged.mirror.types, merged.mirror.dir_mode, merged.retention.max_deletes) == (("sampler",), 0o700, 50)
+    assert reloaded(old, new, retention=True).retention.max_deletes == 3
+
+
+def test_install_service_writes_units_with_the_right_paths(tmp_path: Path) -> None:
+    """For the system and for one user; the next two commands are said."""
+    done = run(["install-service", "--directory", str(tmp_path / "units")], check=0)
+    assert "systemctl enable --now tinker-sync" in done.stdout
+    unit = (tmp_path / "units" / "tinker-sync.service").read_text()
+    assert f"ExecStart={command()[0]} --config /etc/tinker-sync/config.toml run" in unit
+    assert "/opt/tinker-sync" not in unit
+    assert (tmp_path / "units" / "tinker-sync.conf").exists()
+    mine = run(["--config", "c.toml", "install-service", "--user", "--directory", str(tmp_path / "user")], check=0)
+    assert "systemctl --user" in mine.stdout
+    assert "c.toml run" in (tmp_path / "user" / "tinker-sync.service").read_text()
