@@ -435,7 +435,6 @@ class Settings(BaseSettings):
         default = Settings.model_construct()
         pending = {
             "mirror": ("verify_every",),
-            "poll": ("full_interval",),
             "transfer": ("bandwidth",),
             "hooks": ("committed", "deleted", "failed"),
             "notify": ("urls", "heartbeat_url"),
