@@ -689,3 +689,168 @@ async def test_what_a_server_repeats_of_keys_and_urls_goes_nowhere(lab: Site) ->
     for secret in (lab.sandbox.key, "abc123", "eyJhbG", "zzz9"):
         assert secret not in said
     assert "bucket.example" in said
+
+
+async def test_a_root_that_is_a_link_is_a_root(lab: Site, tmp_path: Path) -> None:
+    """A data disk is often linked: its replicas prove as much as others."""
+    (tmp_path / "disk").mkdir()
+    lab.root.symlink_to(tmp_path / "disk")
+    await copied(lab)
+    result = await lab.sync()
+    assert (len(result.enforced.deleted), result.transferred) == (4, [])
+
+
+async def test_a_lost_ttl_and_a_404_conclude_nothing(lab: Site, clock: MovedClock) -> None:
+    """The intent stays open until look and listing agree; then a pin restores it."""
+    lab.retention |= {"action": "expire", "grace": "3d"}
+    paths = await copied(lab)
+    real = lab.sandbox._set_ttl
+
+    def vanishing(checkpoint: Any, body: Any) -> Any:
+        answer = real(checkpoint, body)
+        if checkpoint.path == paths[0] and not lab.sandbox.faults:
+            lab.sandbox.faults.append(Fault("run", "status", status=404, times=1))
+            answer = lab.sandbox._set_ttl_answer_lost
+        return answer
+
+    lab.sandbox._set_ttl_answer_lost = None  # type: ignore[attr-defined]
+    lab.sandbox._set_ttl = vanishing  # type: ignore[method-assign]
+    await lab.sync()
+    clock.at += hours(1)
+    await lab.sync()
+    write_pins(lab.root / ".tinker-sync", [str(paths[0])])
+    await lab.sync()
+    assert lab.sandbox.account.checkpoints[paths[0]].expires_at is None
+    assert not [deed for deed in await deeds(lab) if deed.path == paths[0]]
+
+
+async def test_what_comes_of_age_meanwhile_is_counted_or_waits(lab: Site, clock: MovedClock) -> None:
+    """Deciding takes time: one moment is for what is counted and for what is done."""
+    lab.retention |= {"grace": "1d", "max_deletes": 3}
+    await copied(lab)
+    await lab.sync()
+    clock.at += DAY - minutes_ago(1)
+    async with lab.opened() as mirror:
+        real = mirror._enforcer.decide
+
+        async def slow(*arguments: Any, **options: Any) -> Any:
+            decision = await real(*arguments, **options)
+            clock.at += minutes_ago(5)
+            return decision
+
+        mirror._enforcer.decide = slow
+        result = await mirror.prune()
+    assert (result.enforced.deleted, result.enforced.breaker) == ([], None)
+    assert (await lab.sync()).exit_code == 5
+
+
+async def test_grace_begins_anew_when_the_policies_were_away(lab: Site, clock: MovedClock) -> None:
+    """Nothing stood meanwhile."""
+    lab.retention |= {"grace": "3d"}
+    await copied(lab)
+    await lab.sync()
+    lab.retention["remote"] = []
+    clock.at += DAY
+    await lab.sync()
+    lab.retention["remote"] = [THIN]
+    clock.at += 3 * DAY
+    assert (await lab.sync()).enforced.deleted == []
+
+
+async def test_a_ttl_that_somebody_took_back_explains_no_loss(lab: Site, clock: MovedClock) -> None:
+    """It was taken back to keep it: when a delete takes it along, everything stops."""
+    lab.retention |= {"action": "expire", "grace": "9d"}
+    paths = await copied(lab)
+    await lab.sync()
+    await lab.sync()
+    lab.sandbox.account.checkpoints[paths[0]].expires_at = None
+    clock.at += hours(2)
+    await lab.sync()
+    lab.retention |= {"action": "delete", "grace": "0s", "remote": [THIN | {"keep_names": ["000000"]}]}
+    save(lab, "000008", age=hours(4))
+    real = lab.sandbox._delete
+
+    def worse(checkpoint: Any) -> None:
+        real(checkpoint)
+        lab.sandbox.account.checkpoints.pop(paths[0], None)
+
+    lab.sandbox._delete = worse  # type: ignore[method-assign]
+    assert str(paths[0]) in str((await lab.sync()).enforced.stopped)
+
+
+async def test_pins_hold_in_the_trash(lab: Site, clock: MovedClock) -> None:
+    """Never delete these, on any side: not after its time, and not for space."""
+    lab.retention |= {"remote": [], "local": []}
+    paths = series(lab)
+    await lab.sync()
+    lab.retention["local"] = [THIN | {"name": "here"}]
+    await lab.sync()
+    write_pins(lab.root / ".tinker-sync", [str(path) for path in paths[:4]])
+    clock.at += 30 * DAY
+    assert (await lab.sync()).enforced.emptied == 0
+    lab.mirror = {"min_free": "100TB"}
+    save(lab, "000009", age=hours(2))
+    await lab.sync()
+    assert len(list((lab.root / ".tinker-sync" / "trash").iterdir())) == 4
+
+
+async def test_a_pin_on_the_second_twin_holds_the_first(lab: Site) -> None:
+    """The first call may take both."""
+    lab.retention |= {"remote": [THIN | {"types": ["sampler", "training"]}], "enforce": False}
+    lab.sandbox.quirks = Quirks(delete_takes_twin=True)
+    samplers = series(lab, 3)
+    training = series(lab, 3, kind="training")
+    await lab.sync()
+    async with lab.opened() as mirror:
+        real = mirror._enforcer._intend
+
+        async def meanwhile(case: Any, **options: Any) -> bool:
+            intended = await real(case, **options)
+            write_pins(lab.root / ".tinker-sync", [str(samplers[0]), str(training[0])][:1])
+            return bool(intended)
+
+        mirror._enforcer._intend = meanwhile
+        await mirror.prune()
+    assert {samplers[0], training[0]} <= set(lab.sandbox.account.checkpoints)
+
+
+async def test_a_retire_that_fails_half_way_is_known(lab: Site) -> None:
+    """The fsync behind the rename fails: the replica is in the trash, and the catalog says so."""
+    lab.retention |= {"remote": [], "local": []}
+    paths = series(lab)
+    await lab.sync()
+    lab.retention |= {"local": [THIN | {"name": "here"}], "enforce": True}
+    async with lab.opened() as mirror:
+        destination = mirror._enforcer._destination
+        real = destination.retire
+
+        def failing(directory: str) -> str:
+            real(directory)
+            message = "cannot move to the trash: Input/output error"
+            raise DiskTrouble(message)
+
+        destination.retire = failing
+        result = await mirror.prune()
+        assert set(result.enforced.failed) == set(paths[:4])
+        assert set(mirror._catalog.known().replicas) == set(paths[4:])
+
+
+async def test_unjudged_losses_outlive_the_catalog(lab: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The flag could not be written, and the catalog was made anew: it stops all the same."""
+    await copied(lab)
+    lost = save(lab, "keep-me", "training", age=9 * DAY)
+    save(lab, "newest", "training", age=DAY)
+    real = lab.sandbox._delete
+
+    def worse(checkpoint: Any) -> None:
+        real(checkpoint)
+        lab.sandbox.account.checkpoints.pop(lost, None)
+
+    lab.sandbox._delete = worse  # type: ignore[method-assign]
+    with monkeypatch.context() as patched:
+        patched.setattr(FileSafeguards, "stop", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+        await lab.sync()
+    rebuild_catalog(lab.settings())
+    save(lab, "000008", age=hours(4))
+    again = await lab.sync()
+    assert (again.exit_code, again.enforced.deleted) == (5, [])

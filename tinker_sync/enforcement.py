@@ -23,7 +23,6 @@ import structlog
 from tinker_sync.errors import (
     BillingBlocked,
     DiskTrouble,
-    FixFirst,
     NotAllowed,
     NotFound,
     NotServed,
@@ -32,6 +31,7 @@ from tinker_sync.errors import (
     RequestRefused,
     ServiceTrouble,
     TinkerSyncError,
+    Unreachable,
 )
 from tinker_sync.integrity import judge_proof
 from tinker_sync.inventory import Decision, Holdings, decide, make_members, pin_matcher, unexplained
@@ -64,6 +64,8 @@ SHRUNK_AGAIN: Final = 30.0
 REFUSED_FOR: Final = timedelta(hours=24)
 REREAD_EVERY: Final = timedelta(days=1)
 """How often the replica of what runs out by our TTL is read again."""
+REREAD_AT_ONCE: Final = 4
+"""So many are read again after one listing, those that end first before the others: copying waits for it."""
 LAST_READ: Final = timedelta(hours=6)
 """Before the end of our TTL; within it the replica is read once more."""
 TTL_LEAST: Final = 3600
@@ -211,6 +213,7 @@ class Enforcer:
 
         Raises ServiceTrouble when not even one page could be read.
         """
+        self.trouble = None
         found = await self._observed()
         if isinstance(found, Listing) and not self._turn.locked():
             async with self._turn:
@@ -218,11 +221,12 @@ class Enforcer:
         return found
 
     async def _settle_all(self, found: Listing) -> None:
-        self.trouble = None
         try:
             await self._settle(found)
             await self._watch(found)
-        except (FixFirst, DiskTrouble) as error:  # no reason not to copy; retention raises it again
+        except ServiceTrouble:
+            raise
+        except TinkerSyncError as error:  # no reason not to copy; retention raises it again
             self.trouble = error
             log.error("retention.trouble", error=str(error))  # noqa: TRY400 - told in words
 
@@ -262,6 +266,8 @@ class Enforcer:
             elif deed.state == "deleted":
                 if same is None:
                     await self._note("delete.confirmed", _of(deed), listed_at=rfc3339(listing.seen_at))
+                elif deed.action != "delete":  # a TTL that seemed to have ended it already: it is still under it
+                    await self._note("ttl.outcome", _of(deed), outcome="set", answer="it is still listed")
             elif deed.state == "under-ttl":
                 await self._settle_ttl(deed, same, row, listing)
 
@@ -294,6 +300,16 @@ class Enforcer:
         suspects = await self._index(self._catalog.suspects)
         if not suspects:
             return
+        rows = [
+            [
+                str(row.path),
+                rfc3339(row.time),
+                row.size_bytes,
+                None if row.expires_at is None else rfc3339(row.expires_at),
+            ]
+            for row in suspects
+        ]
+        await self._note("enforcement.suspects", {}, rows=rows)  # outlives the catalog until it is judged
         holdings = Holdings(deeds=await self._index(self._catalog.deeds))
         lost = unexplained(suspects, holdings, now=self._clock.now(), short_ttl=self._settings.short_ttl)
         if lost:
@@ -332,10 +348,15 @@ class Enforcer:
     # Deciding
 
     async def decide(
-        self, found: Listing | Sighting, *, allow: int | None = None, rules: RetentionRules | None = None
+        self,
+        found: Listing | Sighting,
+        *,
+        allow: int | None = None,
+        rules: RetentionRules | None = None,
+        now: datetime | None = None,
     ) -> Decision:
         """What may go by what was shown, now."""
-        now = self._clock.now()
+        now = now or self._clock.now()
         complete = isinstance(found, Listing)
         return await self._index(
             lambda: decide(
@@ -397,9 +418,11 @@ class Enforcer:
             raise self.trouble
         if await self._index(self._is_idle):
             if isinstance(found, Listing):
+                await self._index(partial(self._catalog.stand, {}, self._clock.now()))
                 await self._empty_trash(self._clock.now())
             return result
-        decision = await self.decide(found, allow=allow)
+        now = self._clock.now()  # one moment for what is counted and for what is done
+        decision = await self.decide(found, allow=allow, now=now)
         plan = decision.plan
         going = [verdict for verdict in plan.verdicts if verdict.action != "keep"]
         result.due_remote = sum(1 for verdict in going if verdict.side == "remote")
@@ -407,7 +430,6 @@ class Enforcer:
         result.over_bytes = plan.over_bytes
         if not isinstance(found, Listing):
             return result
-        now = self._clock.now()
         standing = {v.path: decision.members[v.path].time for v in going if v.side == "remote"}
         since = await self._index(partial(self._catalog.stand, standing, now))
         stopped = await self._index(self._safeguards.stopped)
@@ -446,6 +468,8 @@ class Enforcer:
             except ServiceTrouble as error:
                 log.warning("deletes.unconfirmed", error=str(error))
                 return
+            if self.trouble is not None:
+                return
             unconfirmed = {
                 deed.path for deed in await self._index(self._catalog.unsettled_deeds) if deed.state == "deleted"
             }
@@ -481,7 +505,9 @@ class Enforcer:
         """One run that cannot be looked at stops no other."""
         try:
             await work()
-        except (RequestRefused, Overloaded, ProtocolBroken) as error:
+        except (RequestRefused, Overloaded, ProtocolBroken, Unreachable) as error:
+            if isinstance(error, Unreachable) and not await self._account.answers():
+                raise
             log.warning("run.withheld", run=run_id, error=str(error))
             done = {*self.result.deleted, *self.result.expired, *self.result.trashed, *self.result.failed}
             for verdict in verdicts:
@@ -557,11 +583,14 @@ class Enforcer:
         await self._index(partial(self._catalog.mark_verified, replica.directory, self._clock.now(), words))
         return read
 
-    async def _look(self, run_id: str) -> _Look:
+    async def _look(self, run_id: str, *, sure: bool = False) -> _Look:
+        """What a run shows; a run that is unknown shows nothing, unless what is gone is concluded from that."""
         at = self._clock.monotonic()
         try:
             rows = await self._account.look(run_id)
         except NotFound:
+            if sure:
+                raise
             rows = ()
         return _Look({row.path: row for row in rows}, at)
 
@@ -647,8 +676,10 @@ class Enforcer:
             if not await self._intend(case, with_twin=str(first.row.path)):
                 break
             intended.append(case)
-        done = len(intended) == len(others) and await self._let_go(first, last_try=True) in ("deleted", "gone")
-        look = await self._look(first.row.path.run_id) if done else None
+        may_go = [await self._may_go(case.row.path) for case in intended]  # the first call may take them all
+        done = len(intended) == len(others) and all(may_go)
+        done = done and await self._let_go(first, last_try=True) in ("deleted", "gone")
+        look = await self._look(first.row.path.run_id, sure=True) if done else None
         rest = []
         for case in intended:
             if look is None:
@@ -752,14 +783,15 @@ class Enforcer:
         except NotFound:
             if deleting:
                 return "gone", "404"
-            there = path in (await self._look(path.run_id)).rows
+            there = path in (await self._look(path.run_id, sure=True)).rows
             return ("refused", "404: this server sets no TTL") if there else ("gone", "404")
         except BillingBlocked as error:
             return "failed", str(error)
         except RequestRefused as error:
             return ("failed" if error.status == 409 else "refused"), str(error)
         except ServiceTrouble as error:
-            now = (await self._look(path.run_id)).rows.get(path)  # when that fails too, the intent stays open
+            # When this fails too, the intent stays open.
+            now = (await self._look(path.run_id, sure=True)).rows.get(path)
             if now is None or not now.identity.matches(case.row.identity):
                 return "gone", f"the answer was lost ({error}); it is no longer there"
             if not deleting and now.expires_at != case.row.expires_at:
@@ -800,17 +832,22 @@ class Enforcer:
             if halt.is_set():
                 raise _Stopped
 
+        due: list[tuple[Deed, Replica]] = []
         try:
             for deed in watched:
                 member = decision.members.get(deed.path)
                 if member is None or not member.ttl_is_ours or self._clock.now() < (deed.retry_at or deed.at):
                     continue
                 why = next((reason.detail for reason in reasons[member.path] if reason.why != "expiring"), stopped)
-                if why is None and member.replica is not None and self._reread_due(deed, member.replica):
-                    defects = judge_proof(member.replica, await self._read(member.replica, going_on))
-                    why = f"its replica is not whole: {defects[0]}" if defects else None
                 if why is not None:
                     await self._restore(deed, why)
+                elif member.replica is not None and self._reread_due(deed, member.replica):
+                    due.append((deed, member.replica))
+            due.sort(key=lambda item: item[0].ends_at or item[0].at)
+            for deed, replica in due[:REREAD_AT_ONCE]:
+                defects = judge_proof(replica, await self._read(replica, going_on))
+                if defects:
+                    await self._restore(deed, f"its replica is not whole: {defects[0]}")
         finally:
             halt.set()  # a thread cannot be cancelled: it ends at its next piece
 
@@ -852,6 +889,7 @@ class Enforcer:
             log.error("checkpoint.not_restored", checkpoint=str(row.path), error=str(error))  # noqa: TRY400 - told in words
             return
         await self._note("ttl.outcome", facts, outcome="set", answer="ok")
+        self.result.failed.pop(row.path, None)
         self.result.restored.append(row.path)
         log.warning("checkpoint.restored", checkpoint=str(row.path), why=why)
 
@@ -874,8 +912,8 @@ class Enforcer:
                 await self._remover.set_ttl(row.path, seconds)
             except (RequestRefused, ServiceTrouble) as error:
                 for_good = isinstance(error, NotAllowed | NotServed | NotFound)
-                retry = {"retry_at": rfc3339(now + REFUSED_FOR)} if for_good else {}
-                await self._note("ttl.outcome", facts, outcome="failed", answer=str(error), **retry)
+                retry = rfc3339(now + (REFUSED_FOR if for_good else FAILED_FOR))
+                await self._note("ttl.outcome", facts, outcome="failed", answer=str(error), retry_at=retry)
                 log.warning("checkpoint.not_extended", checkpoint=str(row.path), error=str(error))
                 continue
             await self._note("ttl.outcome", facts, outcome="set", answer="ok")
@@ -916,6 +954,9 @@ class Enforcer:
         try:
             entry = await loop.run_in_executor(self._readers, self._destination.retire, replica.directory)
         except TinkerSyncError as error:
+            found = await loop.run_in_executor(self._readers, self._destination.find, replica.path)
+            if found is None or found.replica.directory != replica.directory:  # it moved, and then something failed
+                await self._index(partial(self._catalog.remove_replica, replica.directory))
             await self._note("local.failed", facts, answer=str(error))
             self.result.failed[replica.path] = f"not moved to the trash: {error}"
             log.error("replica.not_trashed", checkpoint=str(replica.path), error=str(error))  # noqa: TRY400 - told in words
@@ -932,6 +973,10 @@ class Enforcer:
         loop = asyncio.get_running_loop()
         over = now - self._settings.trash
         for item in await loop.run_in_executor(self._readers, self._destination.trashed, over):
+            if item.path is not None and pin_matcher(await self._index(self._safeguards.pins))(item.path):
+                continue
+            if await self._index(self._safeguards.stopped) is not None:
+                return
             try:
                 await loop.run_in_executor(self._readers, self._destination.empty, item.entry)
             except TinkerSyncError as error:
@@ -950,6 +995,8 @@ class Enforcer:
 
         `unproven` leaves guards and proof out, but not pins and the stop flag. Raises the same as `enforce`.
         """
+        if self.trouble is not None:
+            raise self.trouble
         self._by_hand = True
         action: Literal["delete", "expire"] = "delete" if ttl is None else "expire"
         only = Policy(

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from tinker_sync.model.checkpoint import Checkpoint
     from tinker_sync.model.paths import TinkerPath
 
+CLOCK_TOLERANCE: Final = timedelta(minutes=10)
+"""How far two clocks may be apart."""
 UNCONFIRMED_FOR: Final = timedelta(hours=24)
 """For so long a delete that the service confirmed is not repeated, though it still lists the checkpoint."""
 
@@ -140,13 +142,19 @@ def unexplained(
     left = []
     for row in gone:
         deed = holdings.deeds.get((row.path, row.identity.time))
-        if deed is not None and _took(deed):
+        if deed is not None and (deed.state in GONE or deed.state in OPEN or _ran_out(deed, now)):
             continue
         if row.expires_at is not None and row.expires_at <= now:
             continue
         if not is_short_lived(row, holdings.known, short_ttl):
             left.append(row)
     return tuple(left)
+
+
+def _ran_out(deed: Deed, now: datetime) -> bool:
+    """Whether our TTL explains by now that it is gone."""
+    ours = deed.state == "under-ttl" and deed.action in ("expire", "set-ttl")
+    return ours and deed.ends_at is not None and deed.ends_at <= now + CLOCK_TOLERANCE
 
 
 def _took(deed: Deed) -> bool:

@@ -356,6 +356,10 @@ class Mirror:
                 await self._retain(apply=True, allow=allow)
             except ServiceTrouble as error:  # what was done before is told
                 self.result.service_error = str(error)
+            except TinkerSyncError as error:
+                if not (self.result.enforced.deleted or self.result.enforced.expired or self.result.enforced.trashed):
+                    raise
+                self.result.enforced.error = str(error)
         except ServiceTrouble as error:
             self.result.service_error = str(error)
             raise
@@ -370,7 +374,7 @@ class Mirror:
             await self._retain(apply=self._settings.enforce)
         except ServiceTrouble as error:
             self.result.service_error = str(error)
-        except (FixFirst, DiskTrouble) as error:
+        except TinkerSyncError as error:
             self.result.enforced.error = str(error)
             log.error("retention.failed", error=str(error))  # noqa: TRY400 - told in words
 

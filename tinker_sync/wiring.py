@@ -156,7 +156,7 @@ def open_root(
     with RootLock(state / LOCK_FILE, command=command), Journal(state) as journal:
         safeguards = FileSafeguards(state)
         custody = _Custodian(journal, safeguards, clock)
-        tree = _tree(settings, facts, clock, Custody(custody.spares, custody.stopped, custody.told))
+        tree = _tree(settings, facts, clock, Custody(custody.spares, custody.keeps, custody.told))
         with _open_catalog(state, tree) as catalog:
             custody.catalog = catalog
             if not catalog.bind(facts.root_id):
@@ -208,6 +208,13 @@ class _Custodian:
             log.warning("superseded.kept", checkpoint=str(item.path), error=str(error))
             return True
         return pinned or deed is not None
+
+    def keeps(self, item: Trashed) -> bool:
+        """What is pinned stays in the trash too, and everything while stopped."""
+        try:
+            return self.stopped() or (item.path is not None and pin_matcher(self._safeguards.pins())(item.path))
+        except TinkerSyncError:
+            return True
 
     def stopped(self) -> bool:
         """The stop flag."""
@@ -279,7 +286,8 @@ def rebuild_catalog(settings: Settings) -> tuple[int, list[Damage]]:
     prepare_root(root, server=facts.server, account=facts.account, state=_state_elsewhere(settings))
     _make_state(settings.state)
     with RootLock(settings.state / LOCK_FILE, command="reindex"):
-        tree = _tree(settings, facts)
+        # Nothing is let go here: what the journal knows is not read yet. The next start limits again.
+        tree = _tree(settings, facts, custody=Custody(spares=lambda _: True, keeps=lambda _: True))
         tree.recover()
         damaged: list[Damage] = []
         replicas: list[Replica] = []

@@ -286,10 +286,12 @@ class SqlCatalog:
 
     def deeds(self) -> Mapping[DeedKey, Deed]:
         """What was last done to each object upstream."""
-        if self._deeds is None:
+        known = self._deeds
+        if known is None:
             with self._begin() as connection:
-                self._deeds = {deed.key: deed for deed in map(_as_deed, connection.execute(select(schema.deeds)))}
-        return self._deeds
+                known = {deed.key: deed for deed in map(_as_deed, connection.execute(select(schema.deeds)))}
+            self._deeds = known
+        return known
 
     def unsettled_deeds(self) -> list[Deed]:
         """Those of which a listing can still tell something new."""
@@ -320,6 +322,8 @@ class SqlCatalog:
         kind, table = event["event"], schema.deeds
         if kind == "server.types":
             _set_fact(connection, "types_apart", bool(event.get("apart")))
+        elif kind == "enforcement.suspects":
+            _set_fact(connection, "suspects", event.get("rows") or [])
         elif kind == "enforcement.judged":
             _set_fact(connection, "suspects", [])
         elif kind == "local.intent":

@@ -72,8 +72,8 @@ class Custody:
 
     spares: Callable[[Trashed], bool] = lambda _: False
     """Whether a superseded version must stay: pinned, stopped, or the last copy of what we deleted."""
-    stopped: Callable[[], bool] = lambda: False
-    """Whether nothing may be deleted, not even from the trash."""
+    keeps: Callable[[Trashed], bool] = lambda _: False
+    """Whether an entry must stay in the trash: pinned, or stopped."""
     told: Callable[[Trashed, str], None] = lambda _, __: None
     """Hears (entry, `keep_superseded`) of what went into the trash, and (entry, `min_free`) of what left it."""
 
@@ -131,7 +131,7 @@ class LocalTree:
     def _reclaim(self, missing: int) -> bool:
         """Before a transfer is refused for space, the trash is emptied, oldest first; not when that cannot help."""
         with self._emptying:
-            there = () if self._custody.stopped() else self.trashed()
+            there = [item for item in self.trashed() if not self._custody.keeps(item)]
             if not there or sum(item.total_bytes for item in there) < missing:
                 return False
             try:
@@ -208,8 +208,14 @@ class LocalTree:
 
     def read(self, directory: str, advanced: Callable[[int], None] = lambda _: None) -> ReadBack:
         """Read a replica back from the disk. Raises nothing for what is on the disk: defects tell."""
-        path = self.root / directory
-        for part in (path, *path.relative_to(self.root).parents):
+        try:
+            return self._read(self.root / directory, advanced)
+        except OSError as error:
+            return ReadBack(None, "", (Defect(Kind.CONTENT, f"cannot be read: {error.strerror}", directory),))
+
+    def _read(self, path: Path, advanced: Callable[[int], None]) -> ReadBack:
+        relative = path.relative_to(self.root)
+        for part in (relative, *relative.parents[:-1]):  # the root itself may be a link
             if (self.root / part).is_symlink():
                 elsewhere = Defect(
                     Kind.CONTENT, "is a symbolic link: what is not below the root is no replica", str(part)
@@ -232,6 +238,10 @@ class LocalTree:
     def trashed(self, before: datetime | None = None) -> tuple[Trashed, ...]:
         """What is in the trash, or went there before that moment; oldest first."""
         area = self.root / STATE_DIRECTORY / "trash"
+        with disk_errors("cannot look into", area):
+            return self._trashed_before(area, before)
+
+    def _trashed_before(self, area: Path, before: datetime | None) -> tuple[Trashed, ...]:
         entries = ((home, _trashed_at(home.name)) for home in _subdirectories(area))
         return tuple(
             _as_trashed(home)

@@ -47,8 +47,12 @@ class FileSafeguards:
 def read_stop(state: Path) -> str | None:
     """The reason in the stop flag, or None where there is none."""
     path = state / STOP_FILE
-    if not os.path.lexists(path):
+    try:
+        path.lstat()
+    except FileNotFoundError:
         return None
+    except OSError as error:
+        return f"the stop flag {path} cannot be looked at ({error.strerror}), so it stops"
     try:
         text = read_small(path).decode(errors="replace")
     except OSError as error:

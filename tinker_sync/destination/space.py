@@ -74,8 +74,7 @@ class SpaceLedger:
 
     def fits(self, expected: int) -> bool:
         """Whether `reserve` would accept so much now."""
-        with self._lock:
-            return self._free(self._root) - self._reserved - expected >= self._min_free
+        return self._free(self._root) - self._reserved - expected >= self._min_free  # no lock: asked by the event loop
 
     def check(self) -> None:
         """Raises NoSpace when the filesystem fell below `min_free` while a transfer was writing."""
