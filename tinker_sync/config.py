@@ -426,7 +426,8 @@ class Settings(BaseSettings):
         if self.tinker.api_key_file is not None:
             return self.tinker.api_key_file
         directory = os.environ.get("CREDENTIALS_DIRECTORY")
-        if directory and (Path(directory) / "api-key").exists():
+        # Not `Path.exists`: in ExecReload= systemd names the directory and lets nobody look into it.
+        if directory and os.path.exists(os.path.join(directory, "api-key")):  # noqa: PTH110, PTH118
             return Path(directory) / "api-key"
         return None
 
