@@ -197,6 +197,19 @@ def test_retention_runs_beside(site: Site) -> None:
     assert {event["by"] for event in events if event["event"] == "delete.intent"} == {"run"}
 
 
+def test_damage_is_found_and_mended(site: Site) -> None:
+    """The scrub reads what was not read for long; what is damaged is fetched again."""
+    path = site.sandbox.account.add(RUN, "000000", payload=adapter(0)).path
+    with serving(site, 'verify_every = "1s"\n' + QUICK) as service:
+        service.until(lambda: replicas(site) == {"000000"})
+        weights = site.directory(path) / "adapter_model.safetensors"
+        good = weights.read_bytes()
+        weights.write_bytes(good[:-1] + b"!")
+        service.until(lambda: "replica.damaged" in service.log)
+        service.until(lambda: weights.read_bytes() == good)
+        assert service.end()[0] == 0
+
+
 def test_a_large_account_is_looked_at_by_one_page(site: Site) -> None:
     """Between full listings a poll is one request, and what is new is copied all the same."""
     for n in range(60):

@@ -435,7 +435,6 @@ class Settings(BaseSettings):
         """Keys that are set and that this version does not act on yet."""
         default = Settings.model_construct()
         pending = {
-            "mirror": ("verify_every",),
             "transfer": ("bandwidth",),
             "hooks": ("committed", "deleted", "failed"),
             "notify": ("urls", "heartbeat_url"),

@@ -161,6 +161,18 @@ class SqlCatalog:
         with self._begin() as connection:
             return [_as_replica(row) for row in connection.execute(query)]
 
+    def verified_before(self, moment: datetime, limit: int) -> list[Replica]:
+        """Replicas that nobody has read since, oldest first; what is known to be damaged is not read again."""
+        table = schema.replicas
+        query = (
+            select(table)
+            .where((table.c.verified_at < to_micros(moment)) & (table.c.damaged == "[]"))
+            .order_by(table.c.verified_at)
+            .limit(limit)
+        )
+        with self._begin() as connection:
+            return [_as_replica(row) for row in connection.execute(query)]
+
     def has_directory(self, directory: str) -> bool:
         """Whether a replica is still known there."""
         table = schema.replicas

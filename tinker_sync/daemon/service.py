@@ -9,8 +9,12 @@ from __future__ import annotations
 import asyncio
 import random
 import signal
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import structlog
@@ -23,6 +27,7 @@ from tinker_sync.wiring import (
     Silent,
     enforcement_settings,
     engine_settings,
+    make_scrubber,
     open_mirror,
     open_root,
     open_service,
@@ -30,17 +35,21 @@ from tinker_sync.wiring import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
     from tinker_sync.config import Settings
     from tinker_sync.daemon.supervisor import Supervisor
     from tinker_sync.passes import Mirror
+    from tinker_sync.wiring import OpenRoot
 
 log = structlog.get_logger()
 
 STILL: Final = 2.0
 """Seconds for which a changed configuration file must be still before it is read."""
+SCRUB_IDLE: Final = 600.0
+"""Seconds until it is looked again whether a replica is due to be read."""
+Scrub = Callable[[timedelta], Awaitable[float | None]]
+"""Reads the replica that is due the longest; returns how long that took in seconds, None when none is due."""
 POLL_MOST: Final = 600.0
 """Seconds that one poll may take, with all its retries and pages, before the loop counts as hung."""
 RETAIN_MOST: Final = 6 * 3600.0
@@ -66,8 +75,11 @@ class Beats:
 class Service:
     """The loops of one account and one root."""
 
-    def __init__(self, mirror: Mirror, settings: Settings, config: Path | None, supervisor: Supervisor) -> None:
+    def __init__(
+        self, mirror: Mirror, scrub: Scrub, settings: Settings, config: Path | None, supervisor: Supervisor
+    ) -> None:
         self._mirror = mirror
+        self._scrub = scrub
         self._settings = settings
         self._config = config
         self._supervisor = supervisor
@@ -88,6 +100,7 @@ class Service:
                 group.create_task(self._mirror.serve())
                 group.create_task(self._poll_on(group))
                 group.create_task(self._feed())
+                group.create_task(self._scrub_on())
                 if self._config is not None:
                     group.create_task(self._watch_config(self._config))
         except BaseExceptionGroup as several:
@@ -128,6 +141,15 @@ class Service:
             log.error("retention.failed", error=str(error))  # noqa: TRY400 - told in words
         finally:
             self._beats.deadlines.pop("retention", None)
+
+    async def _scrub_on(self) -> None:
+        """Read replicas back, one after another, a quarter of the time at most; damage is copied again by a poll."""
+        while True:
+            read_one = await self._scrub(self._settings.mirror.verify_every)
+            if read_one is None:
+                await asyncio.sleep(min(SCRUB_IDLE, self._settings.mirror.verify_every.total_seconds()))
+            else:
+                await asyncio.sleep(3 * read_one + 0.05)
 
     async def _feed(self) -> None:
         """Tell the watchdog of progress, as long as there is any."""
@@ -190,9 +212,21 @@ async def run(settings: Settings, config: Path | None, supervisor: Supervisor) -
             log.warning("credential.trouble", error=str(error))  # the loop tries again, and says so
         with open_root(settings, command="run", account=service.credentials.account) as root:
             async with open_mirror(settings, service, root, Silent(), command="run") as mirror:
-                with suppress(asyncio.CancelledError):
-                    await Service(mirror, settings, find_config(config), supervisor).run()
+                with ThreadPoolExecutor(1, thread_name_prefix="scrub") as readers, suppress(asyncio.CancelledError):
+                    scrub = partial(_scrub_one, root, readers)
+                    await Service(mirror, scrub, settings, find_config(config), supervisor).run()
     return 0
+
+
+async def _scrub_one(root: OpenRoot, readers: ThreadPoolExecutor, verify_every: timedelta) -> float | None:
+    loop = asyncio.get_running_loop()
+    begun = loop.time()
+    before = datetime.now(UTC) - verify_every
+    due = await loop.run_in_executor(readers, root.catalog.verified_before, before, 1)
+    if not due:
+        return None
+    await make_scrubber(root.tree, root.catalog, readers, record=True).scrub(due)
+    return loop.time() - begun
 
 
 def _first_of(several: BaseExceptionGroup[BaseException]) -> BaseException:
