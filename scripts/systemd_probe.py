@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 UNIT = "tinker-sync.service"
 STATE = Path("/var/lib/tinker-sync")
 CONFIG = Path("/etc/tinker-sync/config.toml")
+OTHER = Path("/home") / "other"
 RUN = "39aa5eb2-e234-5a95-ab68-896e4cac8c45:train:0"
 results: list[bool] = []
 
@@ -80,13 +81,15 @@ def main() -> None:
     (CONFIG.parent / "api-key").chmod(0o600)
     good = f'[tinker]\nbase_url = "{sandbox.base_url}"\n[mirror]\nmin_free = "0"\n[poll]\ninterval = "1s"\n'
     CONFIG.write_text(good)
-    Path("/home/other").mkdir(parents=True, exist_ok=True)
-    Path("/home/other/secret").write_text("not yours")
+    OTHER.mkdir(parents=True, exist_ok=True)
+    (OTHER / "secret").write_text("not yours")
     said = sh("/opt/tinker-sync/bin/tinker-sync", "install-service", check=True).stdout
     report("install-service says the next two commands", "systemctl enable --now tinker-sync" in said)
     drop = Path("/etc/systemd/system/tinker-sync.service.d")
     drop.mkdir(exist_ok=True)
-    probe = "for f in /etc/x /var/lib/x /usr/x /home/x; do echo x > $f; done; cat /home/other/secret /etc/tinker-sync/api-key"
+    probe = (
+        f"for f in /etc/x /var/lib/x /usr/x /home/x; do echo x > $f; done; cat {OTHER}/secret /etc/tinker-sync/api-key"
+    )
     (drop / "probe.conf").write_text(
         f"[Service]\nWatchdogSec=8\nRestartSec=1\nExecStartPre=-/bin/sh -c '{probe} > %S/tinker-sync/seen 2>/dev/null; true'\n"
     )
