@@ -239,7 +239,7 @@ class Mirror:
             self.result.service_error = str(error)
             raise
         except BaseExceptionGroup as several:
-            raise _first_of(several) from None
+            raise first_of(several) from None
         finally:
             self.result.seconds = self._clock.monotonic() - begun
             await self._save_pass()
@@ -496,7 +496,7 @@ class Mirror:
                     if forever or self._running or self._queue.pending():
                         await self._wait_for_change()
         except BaseExceptionGroup as several:
-            raise _first_of(several) from None
+            raise first_of(several) from None
 
     async def _start_what_may(self, group: asyncio.TaskGroup) -> None:
         while len(self._running) < self._settings.connections:
@@ -792,7 +792,7 @@ def _as_bug(error: Exception) -> TransferFailed:
     return TransferFailed(f"internal error {type(error).__name__} at {where}: please report it")
 
 
-def _first_of(several: BaseExceptionGroup[BaseException]) -> BaseException:
+def first_of(several: BaseExceptionGroup[BaseException]) -> BaseException:
     """The first error inside a group, however deep: one is told, and all have the same cause."""
     found: BaseException = several
     while isinstance(found, BaseExceptionGroup):

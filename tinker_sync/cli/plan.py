@@ -326,12 +326,7 @@ def _tell_totals(plan: RetentionPlan, members: Mapping[TinkerPath, Member], pric
             told = ", ".join(f"{number} {why}" for why, number in guarded.most_common())
             render.say(f"  kept by a guard, by no rule: {told} (`tinker-sync explain` tells more)")
     if plan.breaker is not None:
-        tripped = plan.breaker
-        render.say(
-            f"BREAKER: {tripped.deletes} deletes of {tripped.listed} listed are over max_deletes = "
-            f"{tripped.max_deletes} or max_delete_fraction = {tripped.max_delete_fraction}: none would happen. "
-            f"If they are meant: `tinker-sync prune --apply --allow {tripped.deletes}`"
-        )
+        render.breaker(plan.breaker, "would happen")
 
 
 def _by_guards_alone(verdict: Verdict) -> bool:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from datetime import datetime
 
+    from tinker_sync.retention import Breaker
+
 
 def print_json(document: object) -> None:
     """One document on stdout."""
@@ -51,6 +53,15 @@ def ahead(moment: datetime, now: datetime) -> str:
         return f"in {naturaldelta(moment - now)}" if moment > now else f"{naturaldelta(now - moment)} ago"
     except OverflowError:
         return moment.date().isoformat()
+
+
+def breaker(tripped: Breaker, what: str) -> None:
+    """The stop on mass deletion, with its numbers and the way out."""
+    say(
+        f"BREAKER: {tripped.deletes} deletes of {tripped.listed} listed are over max_deletes = {tripped.max_deletes} "
+        f"or max_delete_fraction = {tripped.max_delete_fraction}: none {what}. Look at `tinker-sync plan`; if they are "
+        f"meant: `tinker-sync prune --apply --allow {tripped.deletes}`"
+    )
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

@@ -124,12 +124,7 @@ def tell_enforced(done: Enforced, *, applied: bool) -> None:
     if done.error is not None:
         render.warn(f"tinker-sync: nothing was let go: {done.error}")
     if done.breaker is not None:
-        tripped = done.breaker
-        render.say(
-            f"BREAKER: {tripped.deletes} deletes of {tripped.listed} listed are over max_deletes = "
-            f"{tripped.max_deletes} or max_delete_fraction = {tripped.max_delete_fraction}: none happened. Look at "
-            f"`tinker-sync plan`; if they are meant: `tinker-sync prune --apply --allow {tripped.deletes}`"
-        )
+        render.breaker(done.breaker, "happened")
     if done.stopped is not None:
         render.say(f"STOPPED: {done.stopped}; look into it, then `tinker-sync resume`")
 

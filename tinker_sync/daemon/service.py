@@ -23,6 +23,7 @@ import watchfiles
 from tinker_sync.config import find_config, load_settings, reload_difference, reloaded
 from tinker_sync.daemon.schedule import Backoff
 from tinker_sync.errors import ConfigInvalid, ServiceTrouble, TinkerSyncError
+from tinker_sync.passes import first_of
 from tinker_sync.wiring import (
     Silent,
     enforcement_settings,
@@ -104,7 +105,7 @@ class Service:
                 if self._config is not None:
                     group.create_task(self._watch_config(self._config))
         except BaseExceptionGroup as several:
-            raise _first_of(several) from None
+            raise first_of(several) from None
         finally:
             self._loop.remove_signal_handler(signal.SIGHUP)
             self._supervisor.stopping()
@@ -227,10 +228,3 @@ async def _scrub_one(root: OpenRoot, readers: ThreadPoolExecutor, verify_every: 
         return None
     await make_scrubber(root.tree, root.catalog, readers, record=True).scrub(due)
     return loop.time() - begun
-
-
-def _first_of(several: BaseExceptionGroup[BaseException]) -> BaseException:
-    found: BaseException = several
-    while isinstance(found, BaseExceptionGroup):
-        found = found.exceptions[0]
-    return found
