@@ -47,6 +47,17 @@ def before_each(mirror: Any, name: str, then: Callable[..., None]) -> None:
     setattr(mirror._enforcer, name, wrapped)
 
 
+def takes_along(lab: Site, lost: TinkerPath) -> None:
+    """Every delete destroys that one too."""
+    real = lab.sandbox._delete
+
+    def worse(checkpoint: Any) -> None:
+        real(checkpoint)
+        lab.sandbox.account.checkpoints.pop(lost, None)
+
+    lab.sandbox._delete = worse  # type: ignore[method-assign]
+
+
 def deletes(lab: Site) -> int:
     """How many DELETE requests came."""
     return sum(1 for method, _ in lab.sandbox.requests if method == "DELETE")
@@ -224,13 +235,7 @@ async def test_a_loss_is_judged_whatever_happens_between(lab: Site, monkeypatch:
     paths = await copied(lab)
     lost = save(lab, "keep-me", "training", age=9 * DAY)
     save(lab, "newest", "training", age=DAY)
-    real = lab.sandbox._delete
-
-    def worse(checkpoint: Any) -> None:
-        real(checkpoint)
-        lab.sandbox.account.checkpoints.pop(lost, None)
-
-    lab.sandbox._delete = worse  # type: ignore[method-assign]
+    takes_along(lab, lost)
     with monkeypatch.context() as patched:
         patched.setattr(FileSafeguards, "stop", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
         await lab.sync()
@@ -768,13 +773,7 @@ async def test_a_ttl_that_somebody_took_back_explains_no_loss(lab: Site, clock: 
     await lab.sync()
     lab.retention |= {"action": "delete", "grace": "0s", "remote": [THIN | {"keep_names": ["000000"]}]}
     save(lab, "000008", age=hours(4))
-    real = lab.sandbox._delete
-
-    def worse(checkpoint: Any) -> None:
-        real(checkpoint)
-        lab.sandbox.account.checkpoints.pop(paths[0], None)
-
-    lab.sandbox._delete = worse  # type: ignore[method-assign]
+    takes_along(lab, paths[0])
     assert str(paths[0]) in str((await lab.sync()).enforced.stopped)
 
 
@@ -840,13 +839,7 @@ async def test_unjudged_losses_outlive_the_catalog(lab: Site, monkeypatch: pytes
     await copied(lab)
     lost = save(lab, "keep-me", "training", age=9 * DAY)
     save(lab, "newest", "training", age=DAY)
-    real = lab.sandbox._delete
-
-    def worse(checkpoint: Any) -> None:
-        real(checkpoint)
-        lab.sandbox.account.checkpoints.pop(lost, None)
-
-    lab.sandbox._delete = worse  # type: ignore[method-assign]
+    takes_along(lab, lost)
     with monkeypatch.context() as patched:
         patched.setattr(FileSafeguards, "stop", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
         await lab.sync()
@@ -854,3 +847,18 @@ async def test_unjudged_losses_outlive_the_catalog(lab: Site, monkeypatch: pytes
     save(lab, "000008", age=hours(4))
     again = await lab.sync()
     assert (again.exit_code, again.enforced.deleted) == (5, [])
+
+
+async def test_a_look_at_one_page_is_no_reason_for_retention(lab: Site) -> None:
+    """A large account is not listed in full again because a poll looked at its first page."""
+    lab.tinker = lab.tinker | {"page_size": 2}
+    lab.retention["enforce"] = False
+    series(lab, 12)
+    async with lab.opened() as mirror:
+        await mirror.poll()
+        assert mirror.retention_due
+        await mirror.retain()
+        lab.sandbox.requests.clear()
+        await mirror.poll()
+        assert not mirror.retention_due
+        assert len(lab.sandbox.requests) == 1

@@ -216,6 +216,8 @@ class Mirror:
         self._rate: float | None = None
         self._listed: tuple[float, Listing | Sighting] | None = None
         self._listed_at = float("-inf")
+        self.retention_due = False
+        """Whether a proven listing came since retention ran: a look at one page is no reason to run it, and list, again."""
         self._patient = False
         """A service waits for a server in trouble; a command gives up after a while."""
         self.result = PassResult(enforced=enforcer.result)
@@ -265,6 +267,7 @@ class Mirror:
             await self._poll()
             if self.result.complete:
                 self._listed_at = begun
+                self.retention_due = True
         except ServiceTrouble as error:
             self.result.service_error = str(error)
             raise
@@ -276,6 +279,7 @@ class Mirror:
 
     async def retain(self) -> None:
         """Retention of the service, beside polls and transfers. Raises nothing that a later pass can mend."""
+        self.retention_due = False
         await self._retain_after_copying()
         await self._save_enforced()
 

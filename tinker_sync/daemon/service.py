@@ -126,7 +126,7 @@ class Service:
                     f"{result.listed} listed{'' if result.complete else ' (unproven)'}, {self._mirror.waiting} waiting, "
                     f"{len(result.failed)} failing"
                 )
-                if result.complete and (self._retaining is None or self._retaining.done()):
+                if self._mirror.retention_due and (self._retaining is None or self._retaining.done()):
                     self._retaining = group.create_task(self._retain())
             self._beats.expect("poll", delay + POLL_MOST)
             self._wake.clear()
