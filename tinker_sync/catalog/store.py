@@ -10,6 +10,7 @@ import json
 import sqlite3
 import threading
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import quote
 
@@ -19,21 +20,24 @@ from sqlalchemy.exc import DatabaseError, SQLAlchemyError
 from sqlalchemy.pool import StaticPool
 
 from tinker_sync.catalog import schema
+from tinker_sync.catalog.memory import Memory
 from tinker_sync.errors import TinkerSyncError
 from tinker_sync.model.checkpoint import Checkpoint
 from tinker_sync.model.deeds import Deed, DeedKey, fold, key_of
 from tinker_sync.model.moments import from_micros, parse_time, rfc3339, to_micros
 from tinker_sync.model.paths import TinkerPath
 from tinker_sync.model.work import Failure, Replica, Trouble
-from tinker_sync.planning import Known, ServedRecord
+from tinker_sync.planning import ServedRecord
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from datetime import datetime
     from pathlib import Path
     from types import TracebackType
 
     from sqlalchemy.engine import Connection, Engine, Row
+
+    from tinker_sync.planning import Known
 
 _AT_A_TIME = 10_000
 
@@ -56,9 +60,9 @@ class SqlCatalog:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._turn = threading.Lock()
-        self._known: Known | None = None
-        """What `known` read last; forgotten by every write that changes it. The holder of the root's lock is the only
-        writer, and a reader opens the catalog for one look."""
+        self._memory: Memory | None = None
+        """Read at the first `known`, then kept by every write. The holder of the root's lock is the only writer, and a
+        reader opens the catalog for one look."""
         self._deeds: dict[DeedKey, Deed] | None = None
 
     @classmethod
@@ -111,6 +115,23 @@ class SqlCatalog:
         except SQLAlchemyError as error:
             raise _unusable(error) from error
 
+    @contextmanager
+    def _writing(self) -> Iterator[tuple[Connection, list[Callable[[Memory], None]]]]:
+        """A transaction, and a list for what it changes in memory, which happens in the same turn."""
+        changes: list[Callable[[Memory], None]] = []
+        try:
+            with self._turn:
+                with self._engine.begin() as connection:
+                    yield connection, changes
+                if self._memory is not None:
+                    for change in changes:
+                        change(self._memory)
+        except BaseException as error:
+            self._memory = self._deeds = None  # whatever was written of it or not: it is read again
+            if isinstance(error, SQLAlchemyError):
+                raise _unusable(error) from error
+            raise
+
     def _check(self, *, read_only: bool) -> None:
         with self._begin() as connection:
             if not read_only:
@@ -135,22 +156,17 @@ class SqlCatalog:
 
     def known(self) -> Known:
         """All that planning needs, read once."""
-        if self._known is not None:
-            return self._known
         with self._begin() as connection:
-            present = connection.execute(select(schema.replicas).where(~schema.replicas.c.superseded))
-            replicas = {replica.path: replica for replica in map(_as_replica, present)}
-            failed = connection.execute(select(schema.failures))
-            failures = {failure.path: failure for failure in map(_as_failure, failed)}
-        self._known = Known(replicas, failures, self.first_expiry())
-        return self._known
+            if self._memory is None:
+                present = connection.execute(select(schema.replicas).where(~schema.replicas.c.superseded))
+                failed = connection.execute(select(schema.failures))
+                self._memory = Memory(map(_as_replica, present), map(_as_failure, failed), _first_expiry(connection))
+            return self._memory.snapshot()
 
     def first_expiry(self) -> dict[TinkerPath, tuple[datetime, datetime | None]]:
         """Of everything that is listed: its time, and the first `expires_at` that was seen for it."""
-        table = schema.upstream
         with self._begin() as connection:
-            rows = connection.execute(select(table.c.tinker_path, table.c.time, table.c.first_expires_at))
-            return {TinkerPath.parse(path): (from_micros(time), _moment(expires)) for path, time, expires in rows}
+            return _first_expiry(connection)
 
     def replicas(self, prefix: str = "") -> list[Replica]:
         """Every replica, superseded ones too, whose tinker path starts with `prefix`; by path, newest version first."""
@@ -219,11 +235,11 @@ class SqlCatalog:
     ) -> tuple[Checkpoint, ...]:
         """Record what was shown; with `complete`, also what is gone, which it returns. Writes only differences."""
         table = schema.upstream
-        with self._begin() as connection:
-            before = {row.tinker_path: row for row in connection.execute(select(table))}
+        with self._writing() as (connection, changes):
+            before = _upstream_before(connection, None if complete else checkpoints)
             shown: set[str] = set()
             added: list[dict[str, Any]] = []
-            changed = False
+            changed: dict[TinkerPath, tuple[datetime, datetime | None]] = {}
             for checkpoint in checkpoints:
                 row = _upstream_row(checkpoint)
                 key = row["tinker_path"]
@@ -234,29 +250,33 @@ class SqlCatalog:
                 same_object = old is not None and old.time == row["time"]
                 row["first_expires_at"] = old.first_expires_at if old is not None and same_object else row["expires_at"]
                 row["first_seen_at"] = old.first_seen_at if old is not None and same_object else to_micros(seen_at)
+                changed[checkpoint.path] = (checkpoint.time, _moment(row["first_expires_at"]))
                 if old is None:
                     added.append(row)
                 else:
-                    changed = True
                     connection.execute(update(table).where(table.c.tinker_path == key), row)
             _insert(connection, table, added)
             gone = [path for path in before if path not in shown] if complete else []
-            if added or changed or gone:
-                self._known = None
+            cured: list[str] = []
+            if changed or gone:
+                changes.append(
+                    lambda memory: memory.observe(changed, map(TinkerPath.parse, gone), map(TinkerPath.parse, cured))
+                )
             if not gone:
                 return ()
             _suspect(connection, [_as_checkpoint(before[path]) for path in gone])
             _delete(connection, table, gone)
             _delete(connection, schema.standing, gone)
             kept = _quarantined_paths(connection)  # theirs may be the only bytes that are left
-            _delete(connection, schema.failures, [path for path in gone if path not in kept])
+            cured += [path for path in gone if path not in kept]
+            _delete(connection, schema.failures, cured)
             return tuple(_as_checkpoint(before[path]) for path in gone)
 
     def add_replica(self, replica: Replica) -> None:
         """A replica is there. What held its name is superseded or replaced; its failures are forgotten."""
         table = schema.replicas
-        self._known = None
-        with self._begin() as connection:
+        with self._writing() as (connection, changes):
+            changes.append(lambda memory: memory.add_replica(replica))
             connection.execute(delete(table).where(table.c.directory == replica.directory))
             connection.execute(insert(table), _replica_row(replica))
             if not replica.superseded:
@@ -265,17 +285,17 @@ class SqlCatalog:
     def replace_superseded(self, path: TinkerPath, replicas: Sequence[Replica]) -> None:
         """The superseded versions of a path are exactly these."""
         table = schema.replicas
-        self._known = None
-        with self._begin() as connection:
+        with self._writing() as (connection, changes):
             connection.execute(delete(table).where((table.c.tinker_path == str(path)) & table.c.superseded))
             for replica in replicas:
+                changes.append(partial(Memory.add_replica, replica=replica))
                 connection.execute(delete(table).where(table.c.directory == replica.directory))
             _insert(connection, table, [_replica_row(replica) for replica in replicas])
 
     def remove_replica(self, directory: str) -> None:
         """A replica is no longer there."""
-        self._known = None
-        with self._begin() as connection:
+        with self._writing() as (connection, changes):
+            changes.append(lambda memory: memory.remove_replica(directory))
             connection.execute(delete(schema.replicas).where(schema.replicas.c.directory == directory))
 
     def mark_verified(self, directory: str, verified_at: datetime, damaged: Sequence[str]) -> None:
@@ -284,26 +304,24 @@ class SqlCatalog:
         values: dict[str, Any] = {"damaged": json.dumps(list(damaged))}
         if not damaged:
             values["verified_at"] = to_micros(verified_at)
-        self._known = None
-        with self._begin() as connection:
+        with self._writing() as (connection, changes):
+            changes.append(lambda memory: memory.mark_verified(directory, verified_at, damaged))
             connection.execute(update(table).where(table.c.directory == directory), values)
 
     def add_failure(self, failure: Failure) -> None:
         """A transfer failed."""
         table = schema.failures
-        self._known = None
-        with self._begin() as connection:
+        with self._writing() as (connection, changes):
+            changes.append(lambda memory: memory.add_failure(failure))
             connection.execute(delete(table).where(table.c.tinker_path == str(failure.path)))
             connection.execute(insert(table), _failure_row(failure))
 
     def deeds(self) -> Mapping[DeedKey, Deed]:
         """What was last done to each object upstream."""
-        known = self._deeds
-        if known is None:
-            with self._begin() as connection:
-                known = {deed.key: deed for deed in map(_as_deed, connection.execute(select(schema.deeds)))}
-            self._deeds = known
-        return known
+        with self._begin() as connection:
+            if self._deeds is None:
+                self._deeds = {deed.key: deed for deed in map(_as_deed, connection.execute(select(schema.deeds)))}
+            return self._deeds
 
     def unsettled_deeds(self) -> list[Deed]:
         """Those of which a listing can still tell something new."""
@@ -320,17 +338,15 @@ class SqlCatalog:
 
     def apply(self, events: Iterable[tuple[tuple[int, int], Mapping[str, Any]]]) -> None:
         """Take up what the journal tells, with the position behind each event."""
-        kept, self._deeds = self._deeds, None
-        with self._begin() as connection:
+        with self._writing() as (connection, _):
             position: tuple[int, int] | None = None
             for at, event in events:
                 position = at
-                self._apply(connection, event, kept)
+                self._apply(connection, event)
             if position is not None:
                 _set_fact(connection, "journal", list(position))
-        self._deeds = kept
 
-    def _apply(self, connection: Connection, event: Mapping[str, Any], kept: dict[DeedKey, Deed] | None) -> None:
+    def _apply(self, connection: Connection, event: Mapping[str, Any]) -> None:
         kind, table = event["event"], schema.deeds
         if kind == "server.types":
             _set_fact(connection, "types_apart", bool(event.get("apart")))
@@ -352,18 +368,18 @@ class SqlCatalog:
             return  # about no object; or edited, or a later version's: `history --check` tells
         if after != before:
             connection.execute(delete(table).where(where))
-            if kept is not None:
-                kept.pop((path, second), None)
+            if self._deeds is not None:
+                self._deeds.pop((path, second), None)
             if after is not None:
                 connection.execute(insert(table), _deed_row(after))
-                if kept is not None:
-                    kept[after.key] = after
+                if self._deeds is not None:
+                    self._deeds[after.key] = after
 
     def keep_deeds(self, deeds: Sequence[Deed]) -> int:
         """Add those of which nothing is known here; returns how many."""
         missing = [deed for deed in deeds if deed.key not in self.deeds()]
-        self._deeds = None
         with self._begin() as connection:
+            self._deeds = None
             _insert(connection, schema.deeds, [_deed_row(deed) for deed in missing])
         return len(missing)
 
@@ -473,8 +489,8 @@ class SqlCatalog:
 
         `kept` are the facts of the catalog before, where they could be read.
         """
-        self._known = self._deeds = None
         with self._begin() as connection:
+            self._memory = self._deeds = None
             here = {str(replica.path): replica for replica in replicas if not replica.superseded}
             failed: dict[TinkerPath, Failure] = {}
             for failure in sorted(quarantined, key=lambda failure: failure.failed_at):
@@ -520,6 +536,25 @@ def _unusable(error: Exception) -> CatalogUnusable:
     if getattr(reason, "sqlite_errorname", "").startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
         return CatalogDamaged(f"the catalog is damaged ({reason}): `tinker-sync reindex` rebuilds it from the tree")
     return CatalogUnusable(f"the catalog cannot be used ({reason}): look at space and permissions in [mirror] state")
+
+
+def _first_expiry(connection: Connection) -> dict[TinkerPath, tuple[datetime, datetime | None]]:
+    table = schema.upstream
+    rows = connection.execute(select(table.c.tinker_path, table.c.time, table.c.first_expires_at))
+    return {TinkerPath.parse(path): (from_micros(time), _moment(expires)) for path, time, expires in rows}
+
+
+def _upstream_before(connection: Connection, only: Sequence[Checkpoint] | None) -> dict[str, Row[Any]]:
+    """What was known of the account; with `only`, of these. A page is looked up, a whole listing is compared."""
+    table = schema.upstream
+    if only is None or len(only) > _AT_A_TIME:
+        return {row.tinker_path: row for row in connection.execute(select(table))}
+    paths = [str(checkpoint.path) for checkpoint in only]
+    found: dict[str, Row[Any]] = {}
+    for start in range(0, len(paths), 500):
+        query = select(table).where(table.c.tinker_path.in_(paths[start : start + 500]))
+        found |= {row.tinker_path: row for row in connection.execute(query)}
+    return found
 
 
 def _insert(connection: Connection, table: Any, rows: list[dict[str, Any]]) -> None:
