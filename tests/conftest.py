@@ -136,7 +136,8 @@ class Site:
         key.write_text(self.sandbox.key)
         path = self.home / "config.toml"
         path.write_text(
-            f'[tinker]\nbase_url = "{self.sandbox.base_url}"\napi_key_file = "{key}"\n'
+            ("" if "[status]" in extra else '[status]\nlisten = ""\n')
+            + f'[tinker]\nbase_url = "{self.sandbox.base_url}"\napi_key_file = "{key}"\n'
             f'[mirror]\nroot = "{self.root}"\nmin_free = "0"\n{extra}'
         )
         return path

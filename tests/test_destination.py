@@ -415,7 +415,7 @@ def test_the_catalog_knows_what_it_was_told(tmp_path: Path) -> None:
         assert known.replicas == {row.path: replica_of(row)}
         assert known.failures == {other.path: failure_of(other)}
         assert known.first_expiry[row.path] == (row.time, row.expires_at)
-        assert catalog.unmirrored() == [other]
+        assert [row for row, _, _ in catalog.unmirrored()] == [other]
         later = Checkpoint(row.path, row.time, row.size_bytes, expires_at=NOW + timedelta(days=9))
         catalog.observe([later], NOW, complete=False)
         assert catalog.known().first_expiry[row.path] == (row.time, row.expires_at), "the first expiry counts"

@@ -16,7 +16,7 @@ from tinker_sync import passes
 from tinker_sync.catalog.store import SqlCatalog
 from tinker_sync.errors import CredentialRefused, WrongRoot
 from tinker_sync.sandbox import Fault, Payload, PayloadFile, Sandbox, adapter
-from tinker_sync.wiring import open_catalog_for_reading
+from tinker_sync.wiring import Silent, open_catalog_for_reading
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -463,7 +463,7 @@ async def test_a_damaged_replica_does_not_stand_in_the_way_of_its_successor(site
         (site.directory(path) / breaking).write_bytes(b"damage")
         newer = adapter(2)
         site.sandbox.account.add(RUN, f"best-{n}", payload=newer, time=born + hours(1))
-        assert await work.verify(site.settings(), [], repair=True, as_json=True) in (0, 1)
+        assert await work.verify(site.settings(), [], Silent(), repair=True, as_json=True) in (0, 1)
         await site.sync()
         assert site.payload(path) == expected(newer)
         assert (await site.sync()).exit_code == 0
@@ -477,7 +477,7 @@ async def test_a_repair_without_a_manifest_is_judged_like_any_other(site: Site) 
     await site.sync()
     (site.directory(made.path) / ".tinker-sync.json").unlink()
     made.payload = Payload((PayloadFile.of("adapter_config.json", b"not json"),))
-    assert await work.verify(site.settings(), [], repair=True, as_json=True) == 1
+    assert await work.verify(site.settings(), [], Silent(), repair=True, as_json=True) == 1
     assert not (site.directory(made.path) / ".tinker-sync.json").exists()
 
 
@@ -540,12 +540,12 @@ async def test_damage_is_found_and_repaired_by_the_next_pass(site: Site) -> None
     victim.write_bytes(b"garbage")
     from tinker_sync.cli import work
 
-    assert await work.verify(site.settings(), [], repair=False, as_json=True) == 1
-    assert await work.verify(site.settings(), [], repair=True, as_json=True) == 0
+    assert await work.verify(site.settings(), [], Silent(), repair=False, as_json=True) == 1
+    assert await work.verify(site.settings(), [], Silent(), repair=True, as_json=True) == 0
     assert site.payload(made.path) == expected(adapter(1))
     victim.write_bytes(b"garbage")
     site.sandbox.account.checkpoints[made.path].payload = adapter(2)
-    assert await work.verify(site.settings(), [], repair=True, as_json=True) == 1
+    assert await work.verify(site.settings(), [], Silent(), repair=True, as_json=True) == 1
     assert victim.read_bytes() == b"garbage", "upstream changed: the damaged bytes keep their place"
 
 
@@ -557,7 +557,7 @@ async def test_every_damaged_replica_is_repaired(site: Site) -> None:
     await site.sync()
     for checkpoint in made:
         (site.directory(checkpoint.path) / "adapter_config.json").write_bytes(b"x")
-    assert await work.verify(site.settings(), [], repair=True, as_json=True) == 0
+    assert await work.verify(site.settings(), [], Silent(), repair=True, as_json=True) == 0
     for checkpoint in made:
         assert site.payload(checkpoint.path) == expected(checkpoint.payload)
 

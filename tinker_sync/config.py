@@ -6,6 +6,7 @@ Nothing below `wiring` imports this: settings end as plain arguments there.
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import json
 import os
 import re
@@ -22,6 +23,7 @@ from pydantic import (
     ByteSize,
     ConfigDict,
     Field,
+    SecretStr,
     ValidationError,
     field_validator,
     model_validator,
@@ -139,6 +141,54 @@ def _check_url(value: str) -> str:
     return value
 
 
+def _split_address(value: str) -> tuple[str, int]:
+    host, _, port = value.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not host or not port.isdigit() or int(port) > 65535:
+        raise ValueError
+    return host, int(port)
+
+
+def _check_address(value: str) -> str:
+    if value:
+        try:
+            _split_address(value)
+        except ValueError:
+            message = f'{value!r} is no address: write "127.0.0.1:9464" or "[::1]:9464", or "" for none'
+            raise ValueError(message) from None
+    return value
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _check_secret_url(value: SecretStr) -> SecretStr:
+    parts = urlsplit(value.get_secret_value())
+    if parts.scheme not in ("http", "https") or not parts.netloc:
+        message = "must start with https:// or http://"
+        raise ValueError(message)
+    return value
+
+
+def _check_program(value: tuple[str, ...]) -> tuple[str, ...]:
+    if value and not value[0].startswith("/"):
+        message = f"{value[0]!r} is no absolute path of a program; arguments follow it in the list"
+        raise ValueError(message)
+    if any("\0" in part for part in value):
+        message = "an argument holds a NUL"
+        raise ValueError(message)
+    return value
+
+
+Listen = Annotated[str, AfterValidator(_check_address)]
+SecretHttpUrl = Annotated[SecretStr, AfterValidator(_check_secret_url)]
+Program = Annotated[tuple[str, ...], AfterValidator(_check_program)]
 Duration = Annotated[timedelta, BeforeValidator(parse_duration)]
 Size = Annotated[ByteSize, BeforeValidator(_parse_size)]
 Mode = Annotated[int, BeforeValidator(_parse_mode)]
@@ -324,24 +374,43 @@ class RetentionSection(Section):
 class StatusSection(Section):
     """[status]: the page and the metrics."""
 
-    listen: str = "127.0.0.1:9464"
+    listen: Listen = "127.0.0.1:9464"
     token_file: Local | None = None
+
+    @model_validator(mode="after")
+    def _is_not_open_to_all(self) -> StatusSection:
+        where = self.address
+        if where is not None and self.token_file is None and not _is_loopback(where[0]):
+            message = f"listen = {self.listen!r} is no loopback address: name a token_file, or listen on 127.0.0.1"
+            raise ValueError(message)
+        return self
+
+    @property
+    def address(self) -> tuple[str, int] | None:
+        """Host and port; None when it is off."""
+        return _split_address(self.listen) if self.listen else None
 
 
 class HooksSection(Section):
     """[hooks]: programs that run after events."""
 
-    committed: tuple[str, ...] = ()
-    deleted: tuple[str, ...] = ()
-    failed: tuple[str, ...] = ()
+    committed: Program = ()
+    deleted: Program = ()
+    failed: Program = ()
     timeout: Duration = timedelta(seconds=60)
+
+    @field_validator("timeout")
+    @classmethod
+    def _positive(cls, value: timedelta) -> timedelta:
+        return _longer_than_zero(value)
 
 
 class NotifySection(Section):
     """[notify]: who is told."""
 
-    urls: tuple[str, ...] = ()
-    heartbeat_url: str | None = None
+    urls: tuple[SecretStr, ...] = ()
+    """Secrets: most forms hold a password or a token."""
+    heartbeat_url: SecretHttpUrl | None = None
     on: tuple[Literal["failure", "breaker", "expiring", "disk", "silence"], ...] = (
         "failure",
         "breaker",
@@ -350,6 +419,11 @@ class NotifySection(Section):
         "silence",
     )
     silence: Duration = timedelta(hours=6)
+
+    @field_validator("silence")
+    @classmethod
+    def _positive(cls, value: timedelta) -> timedelta:
+        return _longer_than_zero(value)
 
 
 class LogSection(Section):
@@ -436,9 +510,6 @@ class Settings(BaseSettings):
         default = Settings.model_construct()
         pending = {
             "transfer": ("bandwidth",),
-            "hooks": ("committed", "deleted", "failed"),
-            "notify": ("urls", "heartbeat_url"),
-            "status": ("token_file",),
         }
         return [
             f"[{section}] {key}"

@@ -37,6 +37,7 @@ from tinker_sync.integrity import judge_proof
 from tinker_sync.inventory import Decision, Holdings, decide, make_members, pin_matcher, unexplained
 from tinker_sync.model.checkpoint import Listing
 from tinker_sync.model.deeds import OPEN, object_facts
+from tinker_sync.model.events import Event
 from tinker_sync.model.moments import rfc3339
 from tinker_sync.retention import Policy, duration, not_worth_copying, plan_retention
 
@@ -47,10 +48,11 @@ if TYPE_CHECKING:
 
     from tinker_sync.model.checkpoint import Checkpoint, Sighting
     from tinker_sync.model.deeds import Deed
+    from tinker_sync.model.events import EventKind
     from tinker_sync.model.evidence import Defect
     from tinker_sync.model.paths import TinkerPath
     from tinker_sync.model.work import ReadBack, Replica
-    from tinker_sync.ports import Account, Catalog, Clock, Destination, Journal, Remover, Safeguards
+    from tinker_sync.ports import Account, Catalog, Clock, Destination, Journal, Remover, Reporter, Safeguards
     from tinker_sync.retention import Breaker, Member, Reason, RetentionRules, Verdict
 
 T = TypeVar("T")
@@ -104,6 +106,8 @@ class Enforced:
     due_remote: int = 0
     due_local: int = 0
     """Verdicts that let go, whether or not they were carried out."""
+    due_bytes: int = 0
+    """What those upstream weigh."""
     deleted: list[TinkerPath] = field(default_factory=list)
     expired: list[TinkerPath] = field(default_factory=list)
     """Put under a TTL of ours."""
@@ -173,6 +177,7 @@ class Enforcer:
         journal: Journal,
         safeguards: Safeguards,
         clock: Clock,
+        reporter: Reporter,
         readers: Executor,
         indexer: Executor,
         settings: EnforcementSettings,
@@ -184,6 +189,7 @@ class Enforcer:
         self._journal = journal
         self._safeguards = safeguards
         self._clock = clock
+        self._reporter = reporter
         self._readers = readers
         self._indexer = indexer
         self._settings = settings
@@ -405,6 +411,31 @@ class Enforcer:
             types_apart=self._catalog.types_apart() is True,
         )
 
+    def explain(
+        self, rows: Mapping[TinkerPath, Checkpoint], replicas: Mapping[TinkerPath, Replica], now: datetime
+    ) -> dict[TinkerPath, list[Verdict]]:
+        """What would be decided about these runs, seen alone: without breaker and `max_bytes`, which look at all.
+
+        Blocking; for a thread of the caller's. Raises FixFirst, CatalogUnusable.
+        """
+        rules = self._settings.rules
+        if not rules.remote and not rules.local:
+            return {}
+        holdings = self._holdings()
+        holdings = replace(holdings, known=replace(holdings.known, replicas=replicas))
+        decision = decide(
+            rows.values(),
+            holdings,
+            replace(rules, max_bytes=0),
+            now=now,
+            complete=True,
+            short_ttl=self._settings.short_ttl,
+        )
+        found: dict[TinkerPath, list[Verdict]] = {}
+        for verdict in decision.plan.verdicts:
+            found.setdefault(verdict.path, []).append(verdict)
+        return found
+
     # Enforcing
 
     async def enforce(self, found: Listing | Sighting, *, apply: bool, allow: int | None = None) -> Enforced:
@@ -427,6 +458,7 @@ class Enforcer:
         going = [verdict for verdict in plan.verdicts if verdict.action != "keep"]
         result.due_remote = sum(1 for verdict in going if verdict.side == "remote")
         result.due_local = len(going) - result.due_remote
+        result.due_bytes = sum(decision.members[v.path].size_bytes for v in going if v.side == "remote")
         result.over_bytes = plan.over_bytes
         if not isinstance(found, Listing):
             return result
@@ -580,6 +612,7 @@ class Enforcer:
         words = [str(defect) for defect in defects]
         if defects:
             log.error("replica.damaged", checkpoint=str(replica.path), defects=words[:5])
+            self._tell("failed", replica.path, side="local", error=f"damaged: {words[0]}")
         await self._index(partial(self._catalog.mark_verified, replica.directory, self._clock.now(), words))
         return read
 
@@ -809,12 +842,15 @@ class Enforcer:
         if outcome in ("deleted", "gone"):
             self.result.deleted.append(path)
             log.info("checkpoint.deleted", checkpoint=str(path), policy=case.verdict.policy, answer=answer)
+            self._tell("deleted", path, side="remote", action="delete", policy=case.verdict.policy)
         elif outcome == "set":
             self.result.expired.append(path)
             log.info("checkpoint.expires", checkpoint=str(path), policy=case.verdict.policy)
+            self._tell("deleted", path, side="remote", action="expire", policy=case.verdict.policy)
         elif outcome in ("refused", "failed"):
             self.result.failed[path] = f"not deleted: {answer}"
             log.error("checkpoint.not_deleted", checkpoint=str(path), answer=answer)
+            self._tell("failed", path, side="remote", error=f"not deleted: {answer}")
 
     # Our TTLs
 
@@ -960,6 +996,7 @@ class Enforcer:
             await self._note("local.failed", facts, answer=str(error))
             self.result.failed[replica.path] = f"not moved to the trash: {error}"
             log.error("replica.not_trashed", checkpoint=str(replica.path), error=str(error))  # noqa: TRY400 - told in words
+            self._tell("failed", replica.path, side="local", error=f"not moved to the trash: {error}")
             return
         await self._index(partial(self._catalog.remove_replica, replica.directory))
         reasons = [reason.why for reason in verdict.reasons]
@@ -967,6 +1004,7 @@ class Enforcer:
         await self._note("local.trashed", facts, entry=entry, by=self._settings.by, **more)
         self.result.trashed.append(replica.path)
         log.info("replica.trashed", checkpoint=str(replica.path), policy=verdict.policy, entry=entry)
+        self._tell("deleted", replica.path, side="local", action="trash", policy=verdict.policy)
 
     async def _empty_trash(self, now: datetime) -> None:
         """Delete what has been in the trash for its time."""
@@ -1049,6 +1087,10 @@ class Enforcer:
             await self._note("ttl.outcome", facts, outcome="failed", answer=str(error))
             raise
         await self._note("ttl.outcome", facts, outcome="set", answer="ok")
+
+    def _tell(self, kind: EventKind, path: TinkerPath, **facts: str | None) -> None:
+        told = {name: value for name, value in facts.items() if value is not None}
+        self._reporter.happened(Event(kind, path, told))
 
     async def _note(self, event: str, facts: Mapping[str, Any], **more: Any) -> None:
         """One line in the journal, durable, and what follows from it in the catalog."""

@@ -183,3 +183,11 @@ class NoSpace(TransferFailed):
 
 class DiskTrouble(TransferFailed):
     """EIO, a failed fsync, a read-only filesystem."""
+
+
+def place_of(error: BaseException) -> str:
+    """`file.py:12`, where an error that nobody foresaw was raised: its text and its variables could hold a secret."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return f"{trace.tb_frame.f_code.co_filename.rpartition('/')[2]}:{trace.tb_lineno}" if trace is not None else "?"

@@ -15,8 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Final, Literal, TypeVar
 
 import structlog
 
@@ -36,8 +35,10 @@ from tinker_sync.errors import (
     ServiceTrouble,
     TinkerSyncError,
     TransferFailed,
+    place_of,
 )
 from tinker_sync.model.checkpoint import Listing
+from tinker_sync.model.events import Event
 from tinker_sync.model.moments import rfc3339
 from tinker_sync.model.work import Failure, Skip, Trouble
 from tinker_sync.planning import (
@@ -51,7 +52,7 @@ from tinker_sync.planning import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from concurrent.futures import Executor
 
     from tinker_sync.enforcement import EnforcementSettings, Enforcer
@@ -60,9 +61,12 @@ if TYPE_CHECKING:
     from tinker_sync.model.work import Committed, Replica, Transfer
     from tinker_sync.planning import Known
     from tinker_sync.ports import Account, Catalog, Clock, Destination, Queue, Reporter
+    from tinker_sync.retention import Verdict
     from tinker_sync.transfer import Transferrer
 
 T = TypeVar("T")
+_Outcome = tuple[Literal["committed", "failed", "skipped"], str, int]
+"""What became of a transfer that was asked for: how it ended, why, and bytes."""
 _NO_ALLOWANCE: Final = (
     "no room below [mirror] max_bytes, and what is here must stay: raise it, or let [[retention.local]] keep less"
 )
@@ -202,12 +206,14 @@ class Mirror:
         self._jitter = jitter
         self._rows: dict[TinkerPath, Checkpoint] = {}
         self._repairs: dict[TinkerPath, Replica] = {}
+        self._asked_for: dict[TinkerPath, Transfer] = {}
+        """What somebody named: transferred first, whatever selection, back-off and the record of refusals say."""
+        self._waiters: dict[TinkerPath, list[asyncio.Future[_Outcome]]] = {}
         self._failures: dict[TinkerPath, Failure] = {}
         self._efforts: dict[TinkerPath, _Effort] = {}
         self._running: dict[TinkerPath, Transfer] = {}
         self._changed = asyncio.Event()
         self._served = ServedRecord()
-        self._obeys_served = True
         self._full = False
         self._pauses = 0
         self._paused_until = 0.0
@@ -250,6 +256,8 @@ class Mirror:
     async def serve(self) -> None:
         """Transfer whatever polls put into the queue, until this is cancelled. Raises TinkerSyncError for a broken disk."""
         self._served = await self._index(self._catalog.served)
+        if not self._rows:  # until the first listing: what the last one showed
+            self._rows = {row.path: row for row in await self._index(self._catalog.listed)}
         self._patient = True
         await self._work(forever=True)
 
@@ -284,6 +292,22 @@ class Mirror:
         await self._save_enforced()
 
     @property
+    def rows(self) -> Mapping[TinkerPath, Checkpoint]:
+        """What the account showed last; another object after every change."""
+        return self._rows
+
+    @property
+    def skipped(self) -> Mapping[TinkerPath, str]:
+        """What the last pass did not copy, for a stated reason that is no failure."""
+        return self.result.skipped
+
+    def explain(
+        self, rows: Mapping[TinkerPath, Checkpoint], replicas: Mapping[TinkerPath, Replica], now: datetime
+    ) -> Mapping[TinkerPath, Sequence[Verdict]]:
+        """What retention would decide about these runs. Blocking. Raises FixFirst, CatalogUnusable."""
+        return self._enforcer.explain(rows, replicas, now)
+
+    @property
     def waiting(self) -> int:
         """How many transfers wait or run."""
         return len(self._queue.pending()) + len(self._running)
@@ -310,9 +334,9 @@ class Mirror:
         plan = plan_transfers(
             fresh, known_here, self._settings.selection, now=self._clock.now(), bytes_per_second=self._rate
         )
-        self._rows |= {row.path: row for row in fresh}
-        waiting = [transfer for transfer in self._queue.pending() if transfer.path not in {row.path for row in fresh}]
-        self._queue.offer([*plan.transfers, *waiting])
+        self._rows = self._rows | {row.path: row for row in fresh}
+        shown = {row.path for row in fresh}
+        self._offer([*plan.transfers, *(waiting for waiting in self._queue.pending() if waiting.path not in shown)])
         self._changed.set()
 
     async def fetch(self, paths: Sequence[TinkerPath]) -> PassResult:
@@ -321,35 +345,79 @@ class Mirror:
         Raises ServiceTrouble.
         """
         begun = self._clock.monotonic()
-        self._obeys_served = False
+        outcomes = await self._ask(paths, self.result)
+        self._reporter.planned(len(outcomes), sum(self._asked_for[path].size_bytes or 0 for path in outcomes))
+        await self._work()
+        self.result.seconds = self._clock.monotonic() - begun
+        return self.result
+
+    async def fetch_beside(self, paths: Sequence[TinkerPath], planned: Callable[[int, int], None]) -> PassResult:
+        """The same for a service: asks the loop that transfers anyway, and waits for what becomes of these.
+
+        `planned` hears how many transfers there are, and their bytes. Raises ServiceTrouble.
+        """
+        begun = self._clock.monotonic()
+        result = PassResult()
+        outcomes = await self._ask(paths, result)
+        planned(len(outcomes), sum(self._asked_for[path].size_bytes or 0 for path in outcomes))
+        self._changed.set()
+        for path, outcome in outcomes.items():
+            kind, detail, size = await outcome
+            if kind == "committed":
+                result.transferred.append(path)
+                result.bytes += size
+            elif kind == "failed":
+                result.failed[path] = (detail, None)
+            else:
+                result.skipped[path] = detail
+        result.seconds = self._clock.monotonic() - begun
+        return result
+
+    async def _ask(self, paths: Sequence[TinkerPath], result: PassResult) -> dict[TinkerPath, asyncio.Future[_Outcome]]:
+        """Put these into the queue before everything else; what becomes of each is told by its future."""
         known = await self._index(self._catalog.known)
         for run_id in dict.fromkeys(path.run_id for path in paths):
             with suppress(NotFound):
-                self._rows |= {row.path: row for row in await self._account.look(run_id)}
+                self._rows = self._rows | {row.path: row for row in await self._account.look(run_id)}
         wanted: list[Checkpoint] = []
         for path in dict.fromkeys(paths):
             row = self._rows.get(path)
             replica = known.replicas.get(path)
             if row is None:
-                self.result.failed[path] = ("the service does not list it: gone, or misspelt", None)
+                result.failed[path] = ("the service does not list it: gone, or misspelt", None)
             elif replica is not None and replica.identity.matches(row.identity) and not replica.damaged:
-                self.result.skipped[path] = "already here"
+                result.skipped[path] = "already here"
             else:
                 wanted.append(row)
                 self._note_repair(path, known)
-        self.result.listed, self.result.complete = len(wanted), True
+        result.listed, result.complete = len(wanted), True
         plan = plan_transfers(
             wanted,
             type(known)(replicas=known.replicas, first_expiry=known.first_expiry),
             Selection(short_ttl=timedelta(0)),
             now=self._clock.now(),
         )
-        self.result.skipped |= {skip.path: skip.reason for skip in plan.skipped}
-        self._queue.offer(plan.transfers)
-        self._reporter.planned(len(plan.transfers), plan.bytes_to_transfer)
-        await self._work()
-        self.result.seconds = self._clock.monotonic() - begun
-        return self.result
+        result.skipped |= {skip.path: skip.reason for skip in plan.skipped}
+        outcomes: dict[TinkerPath, asyncio.Future[_Outcome]] = {}
+        for transfer in plan.transfers:
+            self._asked_for[transfer.path] = replace(transfer, priority=0)
+            outcomes[transfer.path] = asyncio.get_running_loop().create_future()
+            self._waiters.setdefault(transfer.path, []).append(outcomes[transfer.path])
+        self._full = False
+        self._offer([waiting for waiting in self._queue.pending() if waiting.path not in self._asked_for])
+        return outcomes
+
+    def _offer(self, transfers: Sequence[Transfer]) -> None:
+        """What is to be done now, behind what somebody asked for."""
+        asked = self._asked_for
+        self._queue.offer([*asked.values(), *(transfer for transfer in transfers if transfer.path not in asked)])
+
+    def _over(self, path: TinkerPath, kind: Literal["committed", "failed", "skipped"], detail: str, size: int) -> None:
+        """Nothing more happens to it in this pass: whoever asked for it is told."""
+        self._asked_for.pop(path, None)
+        for waiter in self._waiters.pop(path, ()):
+            if not waiter.done():
+                waiter.set_result((kind, detail, size))
 
     async def prune(self, *, allow: int | None = None) -> PassResult:
         """Enforce retention now, transferring nothing. Raises ServiceTrouble, TinkerSyncError."""
@@ -387,7 +455,7 @@ class Mirror:
         with suppress(TinkerSyncError):
             before = await self._index(self._catalog.last_pass) or _summary(self.result, self._clock.now())
             now = _summary(self.result, self._clock.now())
-            changed = {key: now[key] for key in ("deleted", "due", "breaker")}
+            changed = {key: now[key] for key in ("deleted", "due", "due_bytes", "breaker")}
             await self._index(lambda: self._catalog.save_pass({**before, **changed}))
 
     async def _survey(self) -> Listing | Sighting:
@@ -439,7 +507,7 @@ class Mirror:
         if self.result.service_error is not None:
             return
         self._full = False
-        self._queue.offer([*plan.transfers, *unseen])  # absence from a sighting takes nothing out of the queue
+        self._offer([*plan.transfers, *unseen])  # absence from a sighting takes nothing out of the queue
         self._reporter.planned(len(self._queue.pending()), sum(t.size_bytes or 0 for t in self._queue.pending()))
 
     async def _within_allowance(self, plan: TransferPlan, found: Listing | Sighting) -> TransferPlan:
@@ -541,7 +609,7 @@ class Mirror:
             return True
         if transfer.path.checkpoint_type == "external":
             return False
-        if self._obeys_served and not self._served.may_ask(self._clock.now()):
+        if transfer.path not in self._asked_for and not self._served.may_ask(self._clock.now()):
             self._queue.done(transfer)
             reason = "this server hands out no archives (asked again every 6 hours)"
             self.result.skipped[transfer.path] = reason
@@ -555,11 +623,13 @@ class Mirror:
         try:
             if row is None or not row.identity.matches(transfer.identity):
                 self._queue.done(transfer)
+                self._over(transfer.path, "skipped", "it was overwritten or deleted meanwhile", 0)
                 return
             repairs = self._repairs.get(transfer.path)
             if repairs is None and await self._transferrer.adopt(transfer):
                 self._queue.done(transfer)
                 log.info("replica.adopted", checkpoint=str(transfer.path))
+                self._over(transfer.path, "committed", "it was here already", 0)
                 return
             committed = await self._transferrer.transfer(transfer, row, repairs=repairs)
         except TinkerSyncError as error:
@@ -585,6 +655,7 @@ class Mirror:
         self.result.skipped.pop(transfer.path, None)
         self.result.transferred.append(transfer.path)
         self.result.bytes += replica.total_bytes
+        self._over(transfer.path, "committed", "", replica.total_bytes)
         if seconds > 0 and replica.total_bytes > 1_000_000:
             rate = replica.total_bytes / seconds
             self._rate = rate if self._rate is None else 0.7 * self._rate + 0.3 * rate
@@ -597,13 +668,22 @@ class Mirror:
             files=replica.files,
             seconds=round(seconds, 2),
         )
+        facts = {
+            "directory": replica.directory,
+            "bytes": str(replica.total_bytes),
+            "files": str(replica.files),
+            "seconds": f"{seconds:.2f}",
+            "fidelity": replica.fidelity,
+            "time": rfc3339(replica.time),
+        }
+        self._reporter.happened(Event("committed", transfer.path, facts))
 
     async def _note_served(self) -> None:
         """The server hands out archives; written down when that is news, and once an hour."""
         now, before = self._clock.now(), self._served.last_success
         if self._served.refused or before is None or now - before > _SUCCESS_NOTED_EVERY:
             self._served.add_success(now)
-            await self._index(partial(self._catalog.save_served, self._served))
+            await self._remember(partial(self._catalog.save_served, self._served))
 
     async def _after(self, transfer: Transfer, effort: _Effort, error: TinkerSyncError) -> None:
         """Sort a failure by what follows from it."""
@@ -672,6 +752,7 @@ class Mirror:
         self._queue.done(transfer)
         for waiting in (transfer, *self._queue.pending()):
             self._note_failed(waiting.path, str(error), None)
+            self._over(waiting.path, "failed", str(error), 0)
         self._queue.clear()
 
     async def _not_served(self, transfer: Transfer, error: RequestRefused) -> None:
@@ -679,26 +760,25 @@ class Mirror:
         path, now = transfer.path, self._clock.now()
         if isinstance(error, NotFound) and await self._is_gone(transfer):
             self.result.skipped[path] = "gone upstream while the pass ran"
+            self._over(path, "skipped", self.result.skipped[path], 0)
             return
         reason = f"not served by this server ({error.status}), asked again in 24 h"
-        await self._index(
-            lambda: self._catalog.add_failure(
-                Failure(
-                    path=path,
-                    time=transfer.time,
-                    size_bytes=transfer.size_bytes,
-                    trouble=Trouble.NOT_SERVED,
-                    attempts=1,
-                    error=reason,
-                    failed_at=now,
-                    retry_at=now + NOT_SERVED_RETRY,
-                )
-            )
+        failure = Failure(
+            path=path,
+            time=transfer.time,
+            size_bytes=transfer.size_bytes,
+            trouble=Trouble.NOT_SERVED,
+            attempts=1,
+            error=reason,
+            failed_at=now,
+            retry_at=now + NOT_SERVED_RETRY,
         )
+        await self._remember(partial(self._catalog.add_failure, failure))
         if path.checkpoint_type != "external":  # those come another way, and say nothing about archives
             self._served.add_refusal(path, now)
-            await self._index(partial(self._catalog.save_served, self._served))
+            await self._remember(partial(self._catalog.save_served, self._served))
         self.result.skipped[path] = reason
+        self._over(path, "skipped", reason, 0)
         log.warning("transfer.not_served", checkpoint=str(path), status=error.status)
 
     async def _is_gone(self, transfer: Transfer) -> bool:
@@ -735,22 +815,36 @@ class Mirror:
         )
         self._failures[transfer.path] = failure
         self._efforts.pop(transfer.path, None)
-        await self._index(lambda: self._catalog.add_failure(failure))
+        await self._remember(partial(self._catalog.add_failure, failure))
         self._note_failed(transfer.path, failure.error, failure.retry_at)
+        self._over(transfer.path, "failed", failure.error, 0)
         log.error(
             "transfer.failed",
             checkpoint=str(transfer.path),
             error=failure.error,
             retry_at=rfc3339(failure.retry_at.replace(microsecond=0)),
         )
+        facts = {"error": failure.error, "retry_at": rfc3339(failure.retry_at.replace(microsecond=0))}
+        self._reporter.happened(Event("failed", transfer.path, facts))
 
     def _note_failed(self, path: TinkerPath, error: str, retry_at: datetime | None) -> None:
         self.result.skipped.pop(path, None)
         self.result.failed[path] = (error, None if retry_at is None else rfc3339(retry_at.replace(microsecond=0)))
 
+    async def _remember(self, work: Callable[[], None]) -> None:
+        """Write something down that the next pass would only find out again: a full state disk ends no transfer."""
+        try:
+            await self._index(work)
+        except TinkerSyncError as error:
+            log.error("catalog.trouble", error=str(error))  # noqa: TRY400 - told in words
+
     async def _save_pass(self) -> None:
         with suppress(TinkerSyncError):
-            await self._index(lambda: self._catalog.save_pass(_summary(self.result, self._clock.now())))
+            before = await self._index(self._catalog.last_pass) or {}
+            now = _summary(self.result, self._clock.now())
+            if not self.result.complete:
+                now["listed_at"] = before.get("listed_at")
+            await self._index(lambda: self._catalog.save_pass(now))
 
     async def _index(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._indexer, work)
@@ -765,14 +859,16 @@ def _no_reason_not_to_copy() -> Iterator[None]:
         log.error("retention.trouble", error=str(error))  # noqa: TRY400 - told in words
 
 
-def failed_pass(error: ServiceTrouble) -> dict[str, object]:
-    """What `status` is to say of a pass that could not even begin."""
-    return _summary(PassResult(service_error=str(error)), datetime.now(UTC))
+def failed_pass(error: ServiceTrouble, before: Mapping[str, object] | None) -> dict[str, object]:
+    """What `status` is to say of a pass that could not even begin, after the pass `before`."""
+    now = _summary(PassResult(service_error=str(error)), datetime.now(UTC))
+    return {**now, "listed_at": (before or {}).get("listed_at")}
 
 
 def _summary(result: PassResult, now: datetime) -> dict[str, object]:
     return {
         "at": rfc3339(now),
+        "listed_at": rfc3339(now) if result.complete else None,
         "listed": result.listed,
         "complete": result.complete,
         "transferred": len(result.transferred),
@@ -780,6 +876,7 @@ def _summary(result: PassResult, now: datetime) -> dict[str, object]:
         "skipped": len(result.skipped),
         "deleted": len(result.enforced.deleted),
         "due": result.enforced.due_remote,
+        "due_bytes": result.enforced.due_bytes,
         "breaker": None if result.enforced.breaker is None else result.enforced.breaker.as_json(),
         "bytes": result.bytes,
         "seconds": round(result.seconds, 3),
@@ -789,11 +886,7 @@ def _summary(result: PassResult, now: datetime) -> dict[str, object]:
 
 def _as_bug(error: Exception) -> TransferFailed:
     """An error that nobody foresaw, without its text: that could hold a URL."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    where = f"{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}" if trace is not None else "?"
-    return TransferFailed(f"internal error {type(error).__name__} at {where}: please report it")
+    return TransferFailed(f"internal error {type(error).__name__} at {place_of(error)}: please report it")
 
 
 def first_of(several: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -14,11 +14,13 @@ if TYPE_CHECKING:
 
     from tinker_sync.model.checkpoint import Checkpoint, Identity, Listing, RunFacts, Sighting
     from tinker_sync.model.deeds import Deed, DeedKey
+    from tinker_sync.model.events import Event
     from tinker_sync.model.evidence import Claim, Defect, SeenFile
     from tinker_sync.model.manifest import Manifest
     from tinker_sync.model.paths import PayloadPath, SignedUrl, TinkerPath
     from tinker_sync.model.work import Committed, Damage, Failure, ReadBack, Replica, Transfer, Trashed
     from tinker_sync.planning import Known, ServedRecord
+    from tinker_sync.retention import Verdict
 
 T = TypeVar("T")
 
@@ -345,6 +347,30 @@ class Catalog(Protocol):
         """These may go upstream (path and the object's time), and nothing else; returns since when each may."""
         ...
 
+    def counts(self) -> Mapping[str, int]:
+        """`replicas`, `bytes`, `damaged`, `upstream`, `upstream_bytes`: small numbers, without reading rows."""
+        ...
+
+    def unmirrored(self) -> Sequence[tuple[Checkpoint, datetime | None, datetime]]:
+        """What the service showed last and no replica is a copy of: the first expiry and the first sight of each."""
+        ...
+
+    def failures(self) -> Sequence[Failure]:
+        """Everything that failed and was not cured."""
+        ...
+
+    def generation(self) -> int:
+        """Another number after every change of replicas, failures, deeds or what is listed."""
+        ...
+
+    def told(self) -> Mapping[str, Any]:
+        """What people were told of, as JSON."""
+        ...
+
+    def save_told(self, told: Mapping[str, Any]) -> None:
+        """Keep it."""
+        ...
+
     def other_bytes(self) -> int:
         """What superseded versions weigh."""
         ...
@@ -448,6 +474,31 @@ class Queue(Protocol):
         ...
 
 
+class Engine(Protocol):
+    """What the page asks of the engine. It starts nothing."""
+
+    @property
+    def rows(self) -> Mapping[TinkerPath, Checkpoint]:
+        """What the account showed last; another object after every change."""
+        ...
+
+    @property
+    def waiting(self) -> int:
+        """How many transfers wait or run."""
+        ...
+
+    @property
+    def skipped(self) -> Mapping[TinkerPath, str]:
+        """What is not copied, for a stated reason that is no failure."""
+        ...
+
+    def explain(
+        self, rows: Mapping[TinkerPath, Checkpoint], replicas: Mapping[TinkerPath, Replica], now: datetime
+    ) -> Mapping[TinkerPath, Sequence[Verdict]]:
+        """What retention would decide about these runs, of each side. Blocking. Raises FixFirst, CatalogUnusable."""
+        ...
+
+
 class Reporter(Protocol):
     """Hears what goes on, for progress bars and metrics. Must not fail and must not wait."""
 
@@ -465,4 +516,8 @@ class Reporter(Protocol):
 
     def ended(self, transfer: Transfer, error: str | None) -> None:
         """It is done, or this attempt failed."""
+        ...
+
+    def happened(self, event: Event) -> None:
+        """Something came of it: committed, deleted, failed for this pass."""
         ...

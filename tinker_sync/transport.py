@@ -50,8 +50,12 @@ RETRY_AFTER_MOST: Final = 60.0
 _BUFFER: Final = 512 * 1024
 _REDIRECTS: Final = 5
 _ROUTE_WORDS: Final = frozenset(
-    ("training_runs", "checkpoints", "archive", "publish", "ttl", "external_weights_urls", "weights_info", "sessions")
-)
+    (
+        "archive", "auth", "checkpoints", "client", "config", "external_weights_upload_finish",
+        "external_weights_upload_start", "external_weights_urls", "get_server_capabilities", "publish", "samplers",
+        "sessions", "storage_usage", "token", "training_runs", "ttl", "usage", "weights_info",
+    )
+)  # fmt: skip
 """What makes a route, without the ids: a note about one is logged once."""
 _LOCATION: Final = b"x-location-not-followed"
 _RETRIED: Final = frozenset({408, 409, 429})
@@ -362,6 +366,7 @@ class ApiTransport:
         extra_headers: Mapping[str, str] | None = None,
         connections: int = 16,
         deprecated: Callable[[str, str], None] | None = None,
+        observed: Callable[[str, str], None] | None = None,
     ) -> None:
         self._base = _checked_base(base_url)
         self._authorizer = authorizer
@@ -371,6 +376,7 @@ class ApiTransport:
             connections=connections, connect=min(timeout, 15.0), read=timeout, user_agent=user_agent
         )
         self._deprecated = deprecated
+        self._observed = observed or _nobody
         self._noted: set[str] = set()
         self._sent: set[str] = set()
         """Secrets that the service has seen, and could repeat in an error."""
@@ -538,8 +544,10 @@ class ApiTransport:
         try:
             response = await self._client.send(request, stream=True)
         except (httpx.HTTPError, aiohttp.ClientError, OSError) as error:
+            self._observed(_route(url), "error")
             message = f"{self.host} cannot be reached ({_reason(error)})"
             raise errors.Unreachable(message) from None
+        self._observed(_route(url), str(response.status_code))
         self.last_date = response.headers.get("date", "")
         self._note_deprecation(url, response)
         return response
@@ -552,7 +560,7 @@ class ApiTransport:
 
     def _note_deprecation(self, url: httpx.URL, response: httpx.Response) -> None:
         note = response.headers.get("x-deprecation-note")
-        route = "/".join(part for part in url.path.split("/") if part in _ROUTE_WORDS)
+        route = _route(url)
         if note and self._deprecated is not None and route not in self._noted:
             self._noted.add(route)
             self._deprecated(route, _one_line(note))
@@ -612,7 +620,15 @@ class StorageTransport:
     `connections` bounds all downloads together; `stall_timeout` is the longest silence, in seconds.
     """
 
-    def __init__(self, *, connections: int = 16, stall_timeout: float = 60.0, user_agent: str = "tinker-sync") -> None:
+    def __init__(
+        self,
+        *,
+        connections: int = 16,
+        stall_timeout: float = 60.0,
+        user_agent: str = "tinker-sync",
+        observed: Callable[[str, str], None] | None = None,
+    ) -> None:
+        self._observed = observed or _nobody
         self._client = _make_client(
             connections=connections, connect=min(stall_timeout, 20.0), read=stall_timeout, user_agent=user_agent
         )
@@ -665,10 +681,48 @@ class StorageTransport:
     async def _get(self, url: SignedUrl) -> httpx.Response:
         self.requests += 1
         try:
-            return await self._client.send(self._client.build_request("GET", url.reveal()), stream=True)
+            response = await self._client.send(self._client.build_request("GET", url.reveal()), stream=True)
         except (httpx.HTTPError, httpx.InvalidURL, aiohttp.ClientError, OSError, ValueError) as error:
+            self._observed("storage", "error")
             message = f"the storage at {url.host} cannot be reached ({_reason(error)})"
             raise errors.StorageTrouble(message) from None
+        self._observed("storage", str(response.status_code))
+        return response
+
+
+class Pinger:
+    """Asks one URL now and then, without credential; what it answers does not matter. Async context manager."""
+
+    def __init__(self, user_agent: str) -> None:
+        self._client = _make_client(connections=1, connect=10.0, read=10.0, user_agent=user_agent)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._client.aclose()
+
+    async def ping(self, url: str) -> None:
+        """GET it. Raises ServiceTrouble for no answer, or one that is no success; never shows the URL."""
+        try:
+            async with asyncio.timeout(20.0):
+                response = await self._client.send(self._client.build_request("GET", url), stream=True)
+                await _close(response)
+        except (httpx.HTTPError, httpx.InvalidURL, aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
+            message = f"the heartbeat URL cannot be reached ({_reason(error)})"
+            raise errors.Unreachable(message) from None
+        if not response.is_success:
+            message = f"the heartbeat URL answered {response.status_code}"
+            raise errors.Overloaded(message, status=response.status_code)
+
+
+def _route(url: httpx.URL) -> str:
+    """The fixed words of a path: what is asked, without what it is asked about."""
+    return "/".join(part for part in url.path.split("/") if part in _ROUTE_WORDS)
+
+
+def _nobody(route: str, status: str) -> None:
+    """Nobody counts requests."""
 
 
 class _TryAgain(Exception):

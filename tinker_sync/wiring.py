@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
@@ -27,17 +28,23 @@ from tinker_sync.api.listing import AccountLister
 from tinker_sync.catalog.store import CatalogDamaged, CatalogUnusable, SqlCatalog, remove_catalog
 from tinker_sync.destination.files import make_directories
 from tinker_sync.destination.local import Custody, LocalTree, TreeOptions
-from tinker_sync.destination.lock import RootLock
+from tinker_sync.destination.lock import RootLock, control_of
 from tinker_sync.destination.mounts import is_mount_point, is_network
 from tinker_sync.destination.root import STATE_DIRECTORY, RootFacts, prepare_root, read_facts
-from tinker_sync.destination.safeguards import FileSafeguards, read_pins
-from tinker_sync.destination.space import SpaceLedger
+from tinker_sync.destination.safeguards import FileSafeguards, read_pins, read_stop
+from tinker_sync.destination.space import SpaceLedger, free_bytes
 from tinker_sync.enforcement import EnforcementSettings, Enforcer
 from tinker_sync.errors import ConfigInvalid, DiskTrouble, TinkerSyncError, WrongRoot
 from tinker_sync.inventory import Holdings, pin_matcher
-from tinker_sync.journal import Journal, end_of, read_events
+from tinker_sync.journal import Journal, end_of, last_events, read_events
+from tinker_sync.model.events import EVENT_KINDS
 from tinker_sync.model.moments import rfc3339
 from tinker_sync.model.work import Damage, Replica
+from tinker_sync.notify import alarms
+from tinker_sync.notify.hooks import Hooks
+from tinker_sync.notify.messages import Messenger, open_channels
+from tinker_sync.overview import Surroundings, overview, take_stock
+from tinker_sync.overview import alarms as alarms_of
 from tinker_sync.passes import EngineSettings, Mirror
 from tinker_sync.planning import Selection
 from tinker_sync.queue import MemoryQueue
@@ -45,13 +52,15 @@ from tinker_sync.retention import KeepBest, Policy, RetentionRules
 from tinker_sync.scrub import Scrubber
 from tinker_sync.transfer import Transferrer
 from tinker_sync.transport import ApiTransport, StorageTransport
+from tinker_sync.web.views import ViewSettings
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 
     from tinker_sync.config import LocalPolicy, RemotePolicy, Settings
     from tinker_sync.model.deeds import Deed
     from tinker_sync.model.work import Trashed
+    from tinker_sync.overview import Alarm
     from tinker_sync.ports import Clock, Reporter
 
 log = structlog.get_logger()
@@ -91,6 +100,9 @@ class Silent:
     def ended(self, transfer: object, error: str | None) -> None:
         """Nothing."""
 
+    def happened(self, event: object) -> None:
+        """Nothing."""
+
 
 @dataclass(frozen=True, slots=True)
 class Service:
@@ -110,11 +122,14 @@ class OpenRoot:
     journal: Journal
     safeguards: FileSafeguards
     facts: RootFacts
+    lock: RootLock
 
 
 @asynccontextmanager
-async def open_service(settings: Settings) -> AsyncIterator[Service]:
-    """The API client with its credential. Raises ConfigInvalid."""
+async def open_service(
+    settings: Settings, *, observed: Callable[[str, str], None] | None = None
+) -> AsyncIterator[Service]:
+    """The API client with its credential; `observed` hears route and status of every request. Raises ConfigInvalid."""
     async with ApiTransport(
         settings.base_url,
         None,
@@ -124,6 +139,7 @@ async def open_service(settings: Settings) -> AsyncIterator[Service]:
         connections=settings.transfer.connections + 8,
         extra_headers=access_headers(),
         deprecated=lambda route, note: log.warning("api.deprecated", route=route, note=note),
+        observed=observed,
     ) as transport:
         sources = CredentialSources.from_environment(
             key_file=settings.api_key_file, command=settings.tinker.credential_cmd
@@ -134,6 +150,145 @@ async def open_service(settings: Settings) -> AsyncIterator[Service]:
 
 
 SYSTEM_CLOCK: Final = SystemClock()
+
+
+class Telling:
+    """Hooks, notifications and the heartbeat of one mirror."""
+
+    def __init__(self, hooks: Hooks, messenger: Messenger, catalog: SqlCatalog, settings: Settings) -> None:
+        self.hooks = hooks
+        self._messenger = messenger
+        self._catalog = catalog
+        self._on: frozenset[str] = frozenset(settings.notify.on)
+        self._who = f"tinker-sync on {socket.gethostname()}"
+
+    def configure(self, settings: Settings) -> None:
+        """Go on by other settings. Raises ConfigInvalid, and then nothing has changed."""
+        urls, heartbeat = _channels(settings)
+        self._messenger.configure(urls, heartbeat)
+        self.hooks.configure(_programs(settings), timeout=settings.hooks.timeout.total_seconds())
+        self._on = frozenset(settings.notify.on)
+
+    def proven(self) -> None:
+        """There was a proven listing."""
+        self._messenger.alive()
+
+    def tell(self, found: Mapping[Alarm, str], now: datetime) -> None:
+        """Tell people what is new of these alarms, and what is over. Blocking: it looks at what was said before.
+
+        Raises CatalogUnusable.
+        """
+        told = alarms.from_json(self._catalog.told())
+        wanted: dict[str, str] = {kind: text for kind, text in found.items() if kind in self._on}
+        messages, after = alarms.next_messages(told, wanted, now=now, who=self._who)
+        if messages:
+            self._catalog.save_told(alarms.as_json(after))
+        for message in messages:
+            self._messenger.send(message)
+
+
+@asynccontextmanager
+async def open_telling(settings: Settings, root: OpenRoot, *, patience: float | None = None) -> AsyncIterator[Telling]:
+    """Whoever is to be told. At the end what is queued is waited for, at most `patience` seconds where that is given.
+
+    Raises ConfigInvalid.
+    """
+    urls, heartbeat = _channels(settings)
+    hooks = Hooks(
+        _programs(settings), timeout=settings.hooks.timeout.total_seconds(), root=str(settings.root), patience=patience
+    )
+    messenger = Messenger(urls, heartbeat, user_agent=USER_AGENT, patience=patience)
+    async with messenger, hooks:
+        yield Telling(hooks, messenger, root.catalog, settings)
+
+
+def tell_alarms(settings: Settings, root: OpenRoot, telling: Telling) -> None:
+    """After a single pass: what people should know of, and what is over. Trouble here is only logged. Blocking."""
+    now = SYSTEM_CLOCK.now()
+    try:
+        stop_reason, trash, free = surroundings(settings)
+        around = Surroundings(
+            root=str(settings.root),
+            enforce=settings.retention.enforce,
+            stop_reason=stop_reason,
+            trash=trash,
+            free_bytes=free,
+            min_free=int(settings.mirror.min_free),
+        )
+        document = overview(take_stock(root.catalog, selection(settings)), around, now=now)
+        telling.tell(alarms_of(document, now=now), now)
+    except TinkerSyncError as error:
+        log.warning("alarms.unknown", error=str(error))
+
+
+def control_of_holder(settings: Settings) -> Path | None:
+    """Where the process that holds the root can be asked; None when nobody holds it, or it cannot be asked."""
+    try:
+        return control_of(settings.state / LOCK_FILE)
+    except OSError:
+        return None
+
+
+def _programs(settings: Settings) -> dict[str, tuple[str, ...]]:
+    return {kind: getattr(settings.hooks, kind) for kind in EVENT_KINDS}
+
+
+def _channels(settings: Settings) -> tuple[list[str], str | None]:
+    heartbeat = settings.notify.heartbeat_url
+    urls = [url.get_secret_value() for url in settings.notify.urls]
+    return urls, None if heartbeat is None else heartbeat.get_secret_value()
+
+
+def check_channels(settings: Settings) -> None:
+    """Whether the notification URLs can be used at all. Raises ConfigInvalid."""
+    open_channels(_channels(settings)[0])
+
+
+def read_token(settings: Settings) -> str | None:
+    """The page's token. Raises ConfigInvalid for a file that has none."""
+    path = settings.status.token_file
+    if path is None:
+        return None
+    try:
+        token = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        message = f"[status] token_file: {path} cannot be read: {reason}"
+        raise ConfigInvalid(message) from error
+    if len(token) < LEAST_TOKEN:
+        message = f"[status] token_file: {path} holds fewer than {LEAST_TOKEN} characters: `openssl rand -hex 32` makes a good one"
+        raise ConfigInvalid(message)
+    return token
+
+
+LEAST_TOKEN: Final = 16
+
+
+def surroundings(settings: Settings) -> tuple[str | None, int, int | None]:
+    """The stop flag's reason, entries of the trash, and free bytes: what the catalog does not know."""
+    free = None
+    with suppress(OSError):
+        free = free_bytes(settings.root)
+    trash = 0
+    with suppress(OSError):
+        trash = len(os.listdir(settings.root / STATE_DIRECTORY / "trash"))  # noqa: PTH208 - a count is all
+    return read_stop(settings.state), trash, free
+
+
+def read_recent_events(settings: Settings, most: int) -> list[dict[str, Any]]:
+    """The journal's last events, newest first. Blocking."""
+    return last_events(settings.state, most)
+
+
+def view_settings(settings: Settings) -> ViewSettings:
+    """The page's plain arguments."""
+    return ViewSettings(
+        root=str(settings.root),
+        selection=selection(settings),
+        enforce=settings.retention.enforce,
+        min_free=int(settings.mirror.min_free),
+        price_per_gb_month=settings.retention.price_per_gb_month,
+    )
 
 
 @contextmanager
@@ -153,7 +308,7 @@ def open_root(
         dir_mode=settings.mirror.dir_mode,
     )
     _make_state(state)
-    with RootLock(state / LOCK_FILE, command=command), Journal(state) as journal:
+    with RootLock(state / LOCK_FILE, command=command) as lock, Journal(state) as journal:
         safeguards = FileSafeguards(state)
         custody = _Custodian(journal, safeguards, clock)
         tree = _tree(settings, facts, clock, Custody(custody.spares, custody.keeps, custody.told))
@@ -174,7 +329,7 @@ def open_root(
                 if committed.superseded is not None:
                     catalog.replace_superseded(committed.replica.path, committed.superseded)
                 log.info("stage.recovered", checkpoint=str(committed.replica.path))
-            yield OpenRoot(tree, catalog, journal, safeguards, facts)
+            yield OpenRoot(tree, catalog, journal, safeguards, facts, lock)
 
 
 def _take_up(catalog: SqlCatalog, state: Path) -> None:
@@ -387,6 +542,7 @@ async def open_mirror(
     *,
     command: str = "sync",
     clock: Clock = SYSTEM_CLOCK,
+    observed: Callable[[str, str], None] | None = None,
 ) -> AsyncIterator[Mirror]:
     """The engine, with its executors: one for each purpose, so that none can starve another."""
     connections = settings.transfer.connections
@@ -396,6 +552,7 @@ async def open_mirror(
                 connections=connections,
                 stall_timeout=settings.transfer.stall_timeout.total_seconds(),
                 user_agent=USER_AGENT,
+                observed=observed,
             )
         )
         writers = stack.enter_context(ThreadPoolExecutor(connections, thread_name_prefix="write"))
@@ -420,7 +577,9 @@ async def open_mirror(
         yield Mirror(
             account=account,
             transferrer=transferrer,
-            enforcer=_enforcer(settings, service, root, account, stack, indexer, command=command, clock=clock),
+            enforcer=_enforcer(
+                settings, service, root, account, stack, indexer, reporter, command=command, clock=clock
+            ),
             destination=root.tree,
             catalog=root.catalog,
             queue=MemoryQueue(clock.monotonic),
@@ -447,13 +606,19 @@ def engine_settings(settings: Settings) -> EngineSettings:
 
 @asynccontextmanager
 async def open_enforcer(
-    settings: Settings, service: Service, root: OpenRoot, *, command: str, clock: Clock = SYSTEM_CLOCK
+    settings: Settings,
+    service: Service,
+    root: OpenRoot,
+    reporter: Reporter,
+    *,
+    command: str,
+    clock: Clock = SYSTEM_CLOCK,
 ) -> AsyncIterator[Enforcer]:
     """Enforcement without the engine, for single deeds by hand."""
     async with AsyncExitStack() as stack:
         indexer = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="index"))
         account = make_account(settings, service, clock)
-        yield _enforcer(settings, service, root, account, stack, indexer, command=command, clock=clock)
+        yield _enforcer(settings, service, root, account, stack, indexer, reporter, command=command, clock=clock)
 
 
 def _enforcer(
@@ -463,6 +628,7 @@ def _enforcer(
     account: TinkerAccount,
     stack: AsyncExitStack,
     indexer: ThreadPoolExecutor,
+    reporter: Reporter,
     *,
     command: str,
     clock: Clock,
@@ -477,6 +643,7 @@ def _enforcer(
         journal=root.journal,
         safeguards=root.safeguards,
         clock=clock,
+        reporter=reporter,
         readers=readers,
         indexer=indexer,
         settings=enforcement_settings(settings, command),

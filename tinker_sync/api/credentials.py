@@ -93,6 +93,21 @@ class Credentials:
         """Where it comes from."""
         return self._sources
 
+    def stamp(self) -> int | None:
+        """Another number when the file that the credential comes from was changed; None where there is none."""
+        sources = self._sources
+        path = sources.key_file or sources.credentials_file
+        if sources.key is not None or path is None or (sources.key_file is None and sources.command is not None):
+            return None
+        try:
+            return path.stat().st_mtime_ns
+        except OSError:
+            return None
+
+    def forget(self) -> None:
+        """Read the credential again at the next call."""
+        self._raw = self._jwt = None
+
     async def headers(self) -> Mapping[str, str]:
         """The header that authorises. Raises CredentialMissing, CredentialRefused, ServiceTrouble."""
         async with self._turn:

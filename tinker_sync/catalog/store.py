@@ -64,6 +64,7 @@ class SqlCatalog:
         """Read at the first `known`, then kept by every write. The holder of the root's lock is the only writer, and a
         reader opens the catalog for one look."""
         self._deeds: dict[DeedKey, Deed] | None = None
+        self._generation = 0
 
     @classmethod
     def open(cls, path: Path, *, read_only: bool = False, network: bool = False) -> Self:
@@ -123,6 +124,8 @@ class SqlCatalog:
             with self._turn:
                 with self._engine.begin() as connection:
                     yield connection, changes
+                if changes:
+                    self._generation += 1
                 if self._memory is not None:
                     for change in changes:
                         change(self._memory)
@@ -163,6 +166,10 @@ class SqlCatalog:
                 self._memory = Memory(map(_as_replica, present), map(_as_failure, failed), _first_expiry(connection))
             return self._memory.snapshot()
 
+    def generation(self) -> int:
+        """Another number after every change of replicas, failures, deeds or what is listed."""
+        return self._generation
+
     def first_expiry(self) -> dict[TinkerPath, tuple[datetime, datetime | None]]:
         """Of everything that is listed: its time, and the first `expires_at` that was seen for it."""
         with self._begin() as connection:
@@ -197,18 +204,25 @@ class SqlCatalog:
             return connection.execute(query).scalar_one() > 0
 
     def counts(self) -> dict[str, int]:
-        """`replicas`, `bytes`, `damaged`, `upstream`: small numbers for `status`, without reading rows."""
+        """`replicas`, `bytes`, `damaged`, `upstream`, `upstream_bytes`: small numbers, without reading rows."""
         table = schema.replicas
         with self._begin() as connection:
             number, total = connection.execute(
                 select(func.count(), func.coalesce(func.sum(table.c.total_bytes), 0))
             ).one()
             damaged = connection.execute(select(func.count()).where(table.c.damaged != "[]")).scalar_one()
-            upstream = connection.execute(select(func.count()).select_from(schema.upstream)).scalar_one()
-        return {"replicas": number, "bytes": int(total), "damaged": damaged, "upstream": upstream}
+            size = func.coalesce(func.sum(schema.upstream.c.size_bytes), 0)
+            upstream, billed = connection.execute(select(func.count(), size).select_from(schema.upstream)).one()
+        return {
+            "replicas": number,
+            "bytes": int(total),
+            "damaged": damaged,
+            "upstream": upstream,
+            "upstream_bytes": int(billed),
+        }
 
-    def unmirrored(self) -> list[Checkpoint]:
-        """What the service showed last and no replica is a copy of."""
+    def unmirrored(self) -> list[tuple[Checkpoint, datetime | None, datetime]]:
+        """What the service showed last and no replica is a copy of: the first expiry and the first sight of each."""
         up, here = schema.upstream, schema.replicas
         same = (
             (here.c.tinker_path == up.c.tinker_path)
@@ -218,7 +232,10 @@ class SqlCatalog:
         )
         missing = ~select(here.c.directory).where(same).exists()
         with self._begin() as connection:
-            return [_as_checkpoint(row) for row in connection.execute(select(up).where(missing))]
+            return [
+                (_as_checkpoint(row), _moment(row.first_expires_at), from_micros(row.first_seen_at))
+                for row in connection.execute(select(up).where(missing))
+            ]
 
     def failures(self) -> list[Failure]:
         """Everything that failed and was not cured."""
@@ -367,6 +384,7 @@ class SqlCatalog:
         except (KeyError, ValueError, TypeError, AttributeError):
             return  # about no object; or edited, or a later version's: `history --check` tells
         if after != before:
+            self._generation += 1
             connection.execute(delete(table).where(where))
             if self._deeds is not None:
                 self._deeds.pop((path, second), None)
@@ -476,6 +494,17 @@ class SqlCatalog:
         with self._begin() as connection:
             document = _fact(connection, "last_pass")
         return document if isinstance(document, dict) else None
+
+    def told(self) -> dict[str, Any]:
+        """What people were told of, as JSON."""
+        with self._begin() as connection:
+            document = _fact(connection, "told")
+        return document if isinstance(document, dict) else {}
+
+    def save_told(self, told: Mapping[str, Any]) -> None:
+        """Keep it."""
+        with self._begin() as connection:
+            _set_fact(connection, "told", dict(told))
 
     def facts(self) -> dict[str, Any]:
         """What only the catalog knows: the last pass, what was learnt about the server."""

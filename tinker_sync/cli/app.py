@@ -165,7 +165,7 @@ def serve(context: typer.Context) -> None:
     from tinker_sync.cli import service  # noqa: PLC0415
 
     settings = load_with_logs(context)
-    run_async(service.run(settings, context.obj.config))
+    run_async(service.run(settings, context.obj.config, context.obj.root))
 
 
 @app.command(name="install-service")
@@ -246,11 +246,12 @@ def verify(
     A damaged replica keeps its place until the repaired one is whole; only bytes equal to its manifest repair it.
     Exit code 0: all is well, or all was repaired. 1: damage remains, each named.
     """
-    from tinker_sync.cli import work  # noqa: PLC0415
+    from tinker_sync.cli import progress, work  # noqa: PLC0415
 
     wanted = [parse_path(text) for text in paths or []]
-    settings = load_with_logs(context, default_level="warning")
-    run_async(work.verify(settings, wanted, repair=repair, as_json=json))
+    with progress.reporter(quiet=json or not repair) as reporter:
+        settings = load_with_logs(context, default_level="warning")
+        run_async(work.verify(settings, wanted, reporter, repair=repair, as_json=json))
 
 
 @app.command()

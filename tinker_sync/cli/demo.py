@@ -84,12 +84,12 @@ async def _scenes(sandbox: Sandbox, settings: Settings, home: Path) -> bool:
     _say("4  A disk error: one byte of one replica changes behind our back")
     victim = _damage(settings.root)
     render.say(f"   {victim.relative_to(settings.root)}")
-    good &= await work.verify(settings, [], repair=False, as_json=False) == 1
+    good &= await work.verify(settings, [], Silent(), repair=False, as_json=False) == 1
     await asyncio.sleep(_PAUSE)
 
     _say("5  tinker-sync verify --repair: fetched again; only bytes equal to the manifest may take its place")
-    good &= await work.verify(settings, [], repair=True, as_json=False) == 0
-    good &= await work.verify(settings, [], repair=False, as_json=False) == 0
+    good &= await work.verify(settings, [], Silent(), repair=True, as_json=False) == 0
+    good &= await work.verify(settings, [], Silent(), repair=False, as_json=False) == 0
     await asyncio.sleep(_PAUSE)
 
     _say("6  tinker-sync plan: what the policies would let go upstream, and why; it changes nothing")

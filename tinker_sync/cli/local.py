@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from datetime import UTC, datetime, timedelta
+from contextlib import suppress
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -20,18 +21,20 @@ if TYPE_CHECKING:
     from tinker_sync.model.paths import TinkerPath
     from tinker_sync.model.work import Replica
 
-_SOON = timedelta(hours=24)
+_HEADLINES = {"well": "all is well", "working": "working", "bad": "NOT WELL"}
 
 
 def status(settings: Settings, *, as_json: bool) -> int:
     """State, from the catalog."""
     from tinker_sync.catalog.store import CatalogMissing, SqlCatalog  # noqa: PLC0415
+    from tinker_sync.overview import NOTHING, overview, take_stock  # noqa: PLC0415
 
     try:
         with SqlCatalog.open(settings.state / "catalog.db", read_only=True) as catalog:
-            document = _state(settings, catalog)
+            stock = take_stock(catalog, _selection(settings))
     except CatalogMissing:
-        document = _nothing(settings)
+        stock = NOTHING
+    document = overview(stock, _surroundings(settings), now=datetime.now(UTC))
     if as_json:
         render.print_json(document)
     else:
@@ -39,22 +42,23 @@ def status(settings: Settings, *, as_json: bool) -> int:
     return 0
 
 
-def _nothing(settings: Settings) -> dict[str, Any]:
-    empty: dict[str, Any] = dict.fromkeys(
-        ("replicas", "bytes", "damaged", "upstream", "pending", "failing", "unmirrorable", "quarantined"), 0
+def _surroundings(settings: Settings) -> Any:
+    # `wiring` has the same for the service; importing it would cost `status` half of its time.
+    from tinker_sync.destination.safeguards import read_stop  # noqa: PLC0415
+    from tinker_sync.destination.space import free_bytes  # noqa: PLC0415
+    from tinker_sync.overview import Surroundings  # noqa: PLC0415
+
+    free = None
+    with suppress(OSError):
+        free = free_bytes(settings.root)
+    return Surroundings(
+        root=str(settings.root),
+        enforce=settings.retention.enforce,
+        stop_reason=read_stop(settings.state),
+        trash=_trash_entries(settings),
+        free_bytes=free,
+        min_free=int(settings.mirror.min_free),
     )
-    return {
-        **empty,
-        "expiring_unmirrored": [],
-        "failures": [],
-        "stopped": (settings.state / "stop").exists(),
-        "stop_reason": None,
-        "enforce": settings.retention.enforce,
-        "running_out": 0,
-        "trash": 0,
-        "last_pass": None,
-        "root": str(settings.root),
-    }
 
 
 def _trash_entries(settings: Settings) -> int:
@@ -64,51 +68,6 @@ def _trash_entries(settings: Settings) -> int:
         return 0
 
 
-def _state(settings: Settings, catalog: Any) -> dict[str, Any]:
-    from tinker_sync.destination.safeguards import read_stop  # noqa: PLC0415
-
-    now = datetime.now(UTC)
-    failures = catalog.failures()
-    selection = _selection(settings)
-    missing = [row for row in catalog.unmirrored() if row.expires_at is None or row.expires_at > now]
-    known_first = catalog.first_expiry()
-    wanted = [row for row in missing if _is_wanted(row, selection, known_first)]
-    trouble = {failure.path: failure for failure in failures}
-    unmirrorable = [f for f in failures if f.trouble is Trouble.NOT_SERVED]
-    pending = [row for row in wanted if row.path not in trouble or trouble[row.path].time != row.time]
-    expiring = sorted(
-        (row for row in wanted if row.expires_at is not None and row.expires_at - now < _SOON),
-        key=lambda row: row.expires_at,
-    )
-    return {
-        **catalog.counts(),
-        "pending": len(pending),
-        "failing": sum(1 for failure in failures if failure.trouble is Trouble.FAILING),
-        "unmirrorable": len(unmirrorable),
-        "quarantined": sum(1 for failure in failures if failure.trouble is Trouble.QUARANTINED),
-        "expiring_unmirrored": [
-            {"tinker_path": str(row.path), "expires_at": rfc3339(row.expires_at)} for row in expiring
-        ],
-        "failures": [
-            {
-                "tinker_path": str(failure.path),
-                "trouble": failure.trouble.value,
-                "error": failure.error,
-                "attempts": failure.attempts,
-                "retry_at": rfc3339(failure.retry_at),
-            }
-            for failure in failures
-        ],
-        "stopped": read_stop(settings.state) is not None,
-        "stop_reason": read_stop(settings.state),
-        "enforce": settings.retention.enforce,
-        "running_out": sum(1 for deed in catalog.unsettled_deeds() if deed.is_ours_to_undo),
-        "trash": _trash_entries(settings),
-        "last_pass": catalog.last_pass(),
-        "root": str(settings.root),
-    }
-
-
 def _selection(settings: Settings) -> Any:
     from tinker_sync.planning import Selection  # noqa: PLC0415
 
@@ -116,37 +75,16 @@ def _selection(settings: Settings) -> Any:
     return Selection(mirror.types, mirror.include, mirror.exclude, mirror.short_ttl, mirror.short_ttl_settle)
 
 
-def _is_wanted(row: Any, selection: Any, first: Any) -> bool:
-    """Whether a missing checkpoint is news: not filtered out, and not one of the rolling saves."""
-    from tinker_sync.planning import Known, is_short_lived  # noqa: PLC0415
-
-    if selection.refusal(row.path) is not None:
-        return False
-    return not is_short_lived(row, Known(first_expiry=first), selection.short_ttl)
-
-
 def _tell_status(document: dict[str, Any]) -> None:
+    from tinker_sync.overview import judge  # noqa: PLC0415
+
     now = datetime.now(UTC)
     last = document["last_pass"]
-    bad = document["failing"] + document["quarantined"] + document["damaged"]
-    soon = len(document["expiring_unmirrored"])
+    level, sentence = judge(document)
     if last is None and not document["replicas"]:
-        render.say("nothing was mirrored here yet: run `tinker-sync sync`")
-    elif document["stopped"]:
-        render.say(f"NOT WELL: enforcement is stopped: {document['stop_reason']} (then `tinker-sync resume`)")
-    elif last is not None and last["service_error"]:
-        render.say(f"NOT WELL: the last pass ended with: {last['service_error']}")
-    elif bad or soon:
-        render.say(
-            f"NOT WELL: {document['failing']} failing, {document['quarantined']} quarantined, "
-            f"{document['damaged']} damaged, {soon} expire uncopied within 24 h"
-        )
-    elif last is not None and last.get("breaker"):
-        render.say(f"NOT WELL: the breaker held back {last['breaker']['deletes']} deletes: see `tinker-sync plan`")
-    elif document["pending"]:
-        render.say(f"working: {document['pending']} checkpoints are still to be copied")
+        render.say(f"{sentence}: run `tinker-sync sync`")
     else:
-        render.say("all is well: everything wanted is here")
+        render.say(f"{_HEADLINES[level]}: {sentence}")
     render.say(f"  {document['replicas']} replicas, {render.size(document['bytes'])} below {document['root']}")
     if last is not None:
         proven = "complete" if last["complete"] else "unproven"
@@ -301,7 +239,7 @@ def unpin(settings: Settings, wanted: list[str]) -> int:
 def check_config(settings: Settings, explicit: Path | None, *, as_json: bool) -> int:
     """The configuration is valid; say what it comes to."""
     from tinker_sync.config import find_config  # noqa: PLC0415
-    from tinker_sync.wiring import retention_rules  # noqa: PLC0415
+    from tinker_sync.wiring import check_channels, read_token, retention_rules  # noqa: PLC0415
 
     path = find_config(explicit)
     key_file = settings.api_key_file
@@ -309,6 +247,8 @@ def check_config(settings: Settings, explicit: Path | None, *, as_json: bool) ->
         message = f"{path or 'the environment'}: [tinker] api_key_file: {key_file} does not exist"
         raise ConfigInvalid(message)
     retention_rules(settings)
+    check_channels(settings)
+    read_token(settings)
     if as_json:
         document = settings.model_dump(mode="json")
         render.print_json(

@@ -21,6 +21,7 @@ from rich.progress import (
 from tinker_sync.cli.render import printable, size
 
 if TYPE_CHECKING:
+    from tinker_sync.model.events import Event
     from tinker_sync.model.paths import TinkerPath
     from tinker_sync.model.work import Transfer
 
@@ -91,6 +92,9 @@ class Bars:
         if self._overall is not None:
             self._progress.update(self._overall, description=self._headline())
 
+    def happened(self, event: Event) -> None:
+        """The log tells."""
+
     def _headline(self) -> str:
         return f"{self._done}/{self._total} checkpoints"
 
@@ -138,6 +142,9 @@ class Lines:
         del transfer
         if error is None:
             self._done += 1
+
+    def happened(self, event: Event) -> None:
+        """The log tells."""
 
 
 def reporter(*, quiet: bool) -> Bars | Lines:

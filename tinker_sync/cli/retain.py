@@ -15,13 +15,13 @@ from tinker_sync.model.moments import parse_time, rfc3339
 from tinker_sync.passes import PassResult
 from tinker_sync.wiring import (
     CATALOG_FILE,
-    Silent,
     check_owner,
     open_catalog_for_reading,
     open_enforcer,
     open_mirror,
     open_root,
     open_service,
+    open_telling,
     open_tree_for_reading,
 )
 
@@ -41,7 +41,10 @@ async def prune(settings: Settings, *, apply: bool, allow: int | None, as_json: 
     async with open_service(settings) as service:
         await service.credentials.headers()
         with open_root(settings, command="prune", account=service.credentials.account) as root:
-            async with open_mirror(settings, service, root, Silent(), command="prune") as mirror:
+            async with (
+                open_telling(settings, root) as telling,
+                open_mirror(settings, service, root, telling.hooks, command="prune") as mirror,
+            ):
                 result = await mirror.prune(allow=allow)
     if as_json:
         render.print_json(result.as_json())
@@ -65,7 +68,10 @@ async def remove(
     async with open_service(settings) as service:
         await service.credentials.headers()
         with open_root(settings, command=command, account=service.credentials.account) as root:
-            async with open_enforcer(settings, service, root, command=command) as enforcer:
+            async with (
+                open_telling(settings, root) as telling,
+                open_enforcer(settings, service, root, telling.hooks, command=command) as enforcer,
+            ):
                 found = await enforcer.survey()
                 row = next((row for row in found.checkpoints if row.path == path), None)
                 longer = row is not None and action == "set-ttl" and _is_longer(row.expires_at, seconds)

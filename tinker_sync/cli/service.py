@@ -22,12 +22,12 @@ _USER_CONFIG: Final = "%E/tinker-sync/config.toml"
 UNITS: Final = ("tinker-sync.service", "tinker-sync@.service", "tinker-sync-once.service", "tinker-sync-once.timer")
 
 
-async def run(settings: Settings, config: Path | None) -> int:
+async def run(settings: Settings, config: Path | None, root: Path | None) -> int:
     """Serve until cancelled."""
     from tinker_sync.daemon import service  # noqa: PLC0415
     from tinker_sync.daemon.supervisor import Supervisor  # noqa: PLC0415
 
-    return await service.run(settings, config, Supervisor())
+    return await service.run(settings, config, root, Supervisor())
 
 
 def install(config: Path | None, *, user: bool, directory: Path | None) -> int:

@@ -4,32 +4,36 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+from tinker_sync.activity import Reporters
 from tinker_sync.cli import render
+from tinker_sync.cli.handover import Relay, hand_over
 from tinker_sync.errors import ServiceTrouble, TinkerSyncError
-from tinker_sync.passes import failed_pass
+from tinker_sync.model.paths import TinkerPath
+from tinker_sync.passes import PassResult, failed_pass
 from tinker_sync.wiring import (
-    Silent,
+    control_of_holder,
     make_scrubber,
     open_catalog_for_reading,
     open_mirror,
     open_root,
     open_service,
+    open_telling,
     open_tree_for_reading,
+    tell_alarms,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from tinker_sync.catalog.store import SqlCatalog
     from tinker_sync.config import Settings
     from tinker_sync.destination.local import LocalTree
     from tinker_sync.enforcement import Enforced
-    from tinker_sync.model.paths import TinkerPath
     from tinker_sync.model.work import Replica
-    from tinker_sync.passes import PassResult
     from tinker_sync.ports import Reporter
     from tinker_sync.scrub import ScrubResult
     from tinker_sync.wiring import Service
@@ -44,10 +48,16 @@ async def sync(settings: Settings, reporter: Reporter, *, as_json: bool) -> int:
         refused = await _credential_trouble(service)
         with open_root(settings, command="sync", account=service.credentials.account) as root:
             if refused is not None:
-                root.catalog.save_pass(failed_pass(refused))
+                root.catalog.save_pass(failed_pass(refused, root.catalog.last_pass()))
                 raise refused
-            async with open_mirror(settings, service, root, reporter) as mirror:
-                result = await mirror.sync()
+            async with open_telling(settings, root) as telling:
+                async with open_mirror(settings, service, root, Reporters([reporter, telling.hooks])) as mirror:
+                    try:
+                        result = await mirror.sync()
+                    finally:
+                        tell_alarms(settings, root, telling)
+                if result.complete:
+                    telling.proven()
     return _tell(result, as_json=as_json)
 
 
@@ -61,11 +71,18 @@ async def _credential_trouble(service: Service) -> ServiceTrouble | None:
 
 
 async def fetch(settings: Settings, paths: Sequence[TinkerPath], reporter: Reporter, *, as_json: bool) -> int:
-    """These, now."""
+    """These, now; by the service that holds the root, where there is one."""
+    control = control_of_holder(settings)
+    if control is not None:
+        heard = Relay(reporter, paths).hear
+        return _tell(_as_result(await hand_over(control, "fetch", paths, heard)), as_json=as_json)
     async with open_service(settings) as service:
         await service.credentials.headers()
         with open_root(settings, command="fetch", account=service.credentials.account) as root:
-            async with open_mirror(settings, service, root, reporter) as mirror:
+            async with (
+                open_telling(settings, root) as telling,
+                open_mirror(settings, service, root, Reporters([reporter, telling.hooks])) as mirror,
+            ):
                 result = await mirror.fetch(paths)
     return _tell(result, as_json=as_json)
 
@@ -129,13 +146,19 @@ def tell_enforced(done: Enforced, *, applied: bool) -> None:
         render.say(f"STOPPED: {done.stopped}; look into it, then `tinker-sync resume`")
 
 
-async def verify(settings: Settings, paths: Sequence[TinkerPath], *, repair: bool, as_json: bool) -> int:
+async def verify(
+    settings: Settings, paths: Sequence[TinkerPath], reporter: Reporter, *, repair: bool, as_json: bool
+) -> int:
     """Re-read replicas; with `repair`, fetch the damaged ones again."""
     if not repair:
         tree = open_tree_for_reading(settings)
         with open_catalog_for_reading(settings) as catalog:
             result = await _scrub(tree, catalog, _chosen(catalog, paths), record=False)
         return _tell_verified(result, [], {}, as_json=as_json)
+    control = control_of_holder(settings)
+    if control is not None:
+        answer = await hand_over(control, "verify", paths, _Counting(reporter, paths).hear)
+        return _tell_handed_over(answer, as_json=as_json)
     async with open_service(settings) as service:
         with open_root(settings, command="verify --repair") as root:
             replicas = _chosen(root.catalog, paths)
@@ -144,7 +167,10 @@ async def verify(settings: Settings, paths: Sequence[TinkerPath], *, repair: boo
             repaired: list[TinkerPath] = []
             failed: dict[TinkerPath, str] = {}
             if current:
-                async with open_mirror(settings, service, root, Silent()) as mirror:
+                async with (
+                    open_telling(settings, root) as telling,
+                    open_mirror(settings, service, root, Reporters([reporter, telling.hooks])) as mirror,
+                ):
                     outcome = await mirror.fetch([replica.path for replica in current])
                 failed = {path: error for path, (error, _) in outcome.failed.items()}
                 for replica in current:
@@ -155,6 +181,50 @@ async def verify(settings: Settings, paths: Sequence[TinkerPath], *, repair: boo
                     else:
                         failed[replica.path] = "upstream is another object now: copied as new, this one kept aside"
     return _tell_verified(result, repaired, failed, as_json=as_json)
+
+
+def _as_result(document: Mapping[str, Any]) -> PassResult:
+    """What the service answered to `fetch`, as if it had been done here."""
+    return PassResult(
+        listed=int(document["listed"]),
+        complete=True,
+        transferred=[TinkerPath.parse(path) for path in document["transferred"]],
+        failed={TinkerPath.parse(row["tinker_path"]): (row["error"], row["retry_at"]) for row in document["failed"]},
+        skipped={TinkerPath.parse(row["tinker_path"]): row["reason"] for row in document["skipped"]},
+        bytes=int(document["bytes"]),
+        seconds=float(document["seconds"]),
+    )
+
+
+class _Counting(Relay):
+    """Also says how far reading back has come, where somebody looks."""
+
+    def hear(self, line: Mapping[str, Any]) -> None:
+        """One line."""
+        super().hear(line)
+        if line.get("event") == "checked" and sys.stderr.isatty():
+            sys.stderr.write(f"\r{line['checked']} of {line['of']} replicas read")
+            if line["checked"] == line["of"]:
+                sys.stderr.write("\n")
+            sys.stderr.flush()
+
+
+def _tell_handed_over(answer: Mapping[str, Any], *, as_json: bool) -> int:
+    """What the service answered to `verify`."""
+    damaged = [{key: row[key] for key in ("tinker_path", "defects")} for row in answer["damaged"]]
+    repaired = set(answer["repaired"])
+    left = [row for row in answer["damaged"] if row["superseded"] or row["tinker_path"] not in repaired]
+    document = {
+        "checked": answer["checked"],
+        "ok": answer["checked"] - len(damaged),
+        "damaged": damaged,
+        "repaired": answer["repaired"],
+    }
+    if as_json:
+        render.print_json(document)
+    else:
+        _say_verified(document, [(row["tinker_path"], answer["failed"].get(row["tinker_path"])) for row in left])
+    return 1 if left else 0
 
 
 async def _scrub(tree: LocalTree, catalog: SqlCatalog, replicas: Sequence[Replica], *, record: bool) -> ScrubResult:
@@ -197,12 +267,16 @@ def _tell_verified(
     if as_json:
         render.print_json(document)
         return 1 if left else 0
-    render.say(f"{result.checked} replicas read, {document['ok']} ok, {len(damaged)} damaged")
+    _say_verified(document, [(str(replica.path), failed.get(replica.path)) for replica in left])
+    return 1 if left else 0
+
+
+def _say_verified(document: Mapping[str, Any], left: Sequence[tuple[str, str | None]]) -> None:
+    damaged = document["damaged"]
+    render.say(f"{document['checked']} replicas read, {document['ok']} ok, {len(damaged)} damaged")
     for item in damaged:
         render.say(f"  damaged {item['tinker_path']}: {'; '.join(item['defects'])}")
-    for path in repaired:
+    for path in document["repaired"]:
         render.say(f"  repaired {path}")
-    for replica in left:
-        why = failed.get(replica.path, "run `tinker-sync verify --repair`")
-        render.say(f"  still damaged {replica.path}: {why}")
-    return 1 if left else 0
+    for path, why in left:
+        render.say(f"  still damaged {path}: {why or 'run `tinker-sync verify --repair`'}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from tinker_sync.errors import CredentialMissing, CredentialRefused, ServiceTrouble
+from tinker_sync.errors import CredentialMissing, CredentialRefused, ServiceTrouble, TinkerSyncError
 
 _SHORT_INTERVAL: Final = 30.0
 _LONGEST: Final = 900.0
@@ -24,7 +24,7 @@ class Backoff:
         self.failures = 0
         return self.interval
 
-    def after(self, error: ServiceTrouble, jitter: float) -> float:
+    def after(self, error: TinkerSyncError, jitter: float) -> float:
         """Doubling from the interval, at most 15 minutes; a refused credential from one minute on.
 
         At poll intervals under 30 s nothing exceeds 30 s. `jitter` in [0, 1) takes up to a fifth off. What the service
@@ -36,4 +36,5 @@ class Backoff:
         longest = _SHORT_INTERVAL if self.interval < _SHORT_INTERVAL else _LONGEST
         doubled: float = first * (1 << min(self.failures - 1, 20))
         delay = min(doubled, longest) * (1 - jitter / 5)
-        return max(delay, min(error.retry_after or 0.0, longest))
+        asked = error.retry_after if isinstance(error, ServiceTrouble) else None
+        return max(delay, min(asked or 0.0, longest))

@@ -6,8 +6,10 @@ import errno
 import fcntl
 import json
 import os
+import stat
 from contextlib import suppress
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from tinker_sync.destination.mounts import filesystem_type
@@ -15,7 +17,6 @@ from tinker_sync.errors import FixFirst, RootBusy
 from tinker_sync.model.moments import rfc3339
 
 if TYPE_CHECKING:
-    from pathlib import Path
     from types import TracebackType
 
 
@@ -29,6 +30,7 @@ class RootLock:
         self._path = path
         self._command = command
         self._descriptor = -1
+        self._since = rfc3339(datetime.now(UTC))
 
     def __enter__(self) -> Self:
         try:
@@ -50,11 +52,19 @@ class RootLock:
             )
             raise FixFirst(message) from error
         self._descriptor = descriptor
-        note = {"pid": os.getpid(), "command": self._command, "since": rfc3339(datetime.now(UTC)), "control": None}
-        with suppress(OSError):  # the note is for people; a full disk must not take the lock away
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, (json.dumps(note) + "\n").encode(), 0)
+        self._note(None)
         return self
+
+    def announce(self, control: Path) -> None:
+        """Say where the holder can be asked."""
+        self._note(str(control))
+
+    def _note(self, control: str | None) -> None:
+        """What the file says of the holder. For people and commands: a full disk must not take the lock away."""
+        note = {"pid": os.getpid(), "command": self._command, "since": self._since, "control": control}
+        with suppress(OSError):
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, (json.dumps(note) + "\n").encode(), 0)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -75,6 +85,32 @@ def holder_of(path: Path) -> str | None:
     finally:
         os.close(descriptor)
     return None
+
+
+def control_of(path: Path) -> Path | None:
+    """The control socket of the process that holds a lock; None when nobody does, or it has none. Raises OSError."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _read_control(descriptor)
+    finally:
+        os.close(descriptor)
+    return None
+
+
+def _read_control(descriptor: int) -> Path | None:
+    """Only a socket of the lock's own owner: the note is a file's text, and what is sent there is a request."""
+    try:
+        control = json.loads(os.pread(descriptor, 4096, 0))["control"]
+        found = os.stat(control)
+    except (ValueError, KeyError, TypeError, OSError):
+        return None
+    mine = stat.S_ISSOCK(found.st_mode) and found.st_uid == os.fstat(descriptor).st_uid
+    return Path(control) if mine else None
 
 
 def _read_holder(descriptor: int) -> str:

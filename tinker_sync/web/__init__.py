@@ -1,0 +1,1 @@
+"""The page, the metrics and the probes: they read and change nothing."""

@@ -1,0 +1,46 @@
+"use strict";
+// Refreshes the sections that changed, in place: no flash, no lost place, focus or open tooltip. The page is whole without it.
+(() => {
+  const every = 5000;
+  const marks = (line) => [...line.querySelectorAll("a")];
+  const rove = () => {
+    // One stop of the Tab key for each timeline; the arrow keys move within it.
+    for (const line of document.querySelectorAll(".line")) {
+      marks(line).forEach((mark, place, all) => { mark.tabIndex = place === all.length - 1 ? 0 : -1; });
+    }
+  };
+  document.addEventListener("keydown", (event) => {
+    const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+    const line = event.target.closest ? event.target.closest(".line") : null;
+    if (!line || (!step && event.key !== "Escape")) return;
+    if (event.key === "Escape") { event.target.blur(); return; }
+    const all = marks(line);
+    const next = all[all.indexOf(event.target) + step];
+    if (next) { event.preventDefault(); event.target.tabIndex = -1; next.tabIndex = 0; next.focus(); }
+  });
+  const inUse = (part) => part.contains(document.activeElement) || part.querySelector(".mark:hover") !== null;
+  const refresh = async () => {
+    if (document.hidden) return;
+    let text;
+    try {
+      const answer = await fetch(location.href, { headers: { Accept: "text/html" } });
+      if (!answer.ok) return;
+      text = await answer.text();
+    } catch { document.body.dataset.stale = "yes"; return; }
+    const fresh = new DOMParser().parseFromString(text, "text/html");
+    document.title = fresh.title;
+    for (const part of document.querySelectorAll("[data-live]")) {
+      const other = fresh.getElementById(part.id);
+      if (!other || inUse(part)) continue;
+      if (part.className !== other.className) part.className = other.className;
+      if (part.innerHTML !== other.innerHTML && part.dataset.seen !== other.innerHTML) {
+        part.dataset.seen = "";
+        part.innerHTML = other.innerHTML;
+      }
+    }
+    rove();
+  };
+  rove();
+  setInterval(refresh, every);
+  document.addEventListener("visibilitychange", refresh);
+})();
