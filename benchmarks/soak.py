@@ -242,6 +242,7 @@ def report(
         if not (home / "mirror" / row["path"] / ".tinker-sync.json").exists():
             missing.append(row)
     log = service.log.read_text()
+    service.config.write_text(service.text)
     history = subprocess.run(
         [str(Path(sys.executable).with_name("tinker-sync")), "--config", str(service.config), "verify", "--json"],
         capture_output=True, text=True, check=False,

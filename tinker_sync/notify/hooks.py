@@ -108,20 +108,24 @@ class Hooks:
 
     async def _run(self, program: Sequence[str], event: Event) -> None:
         about = {"hook": event.kind, "program": program[0], "checkpoint": str(event.path)}
+        # A pipe of our own: with asyncio's, `wait` also waits for every child of the program that holds it open.
+        reading, writing = os.pipe()
         try:
             process = await asyncio.create_subprocess_exec(
                 *program,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.DEVNULL,
-                stderr=asyncio.subprocess.PIPE,
+                stderr=writing,
                 env=self._environment(event),
                 start_new_session=True,
             )
         except (OSError, ValueError) as error:
+            os.close(reading)
             log.warning("hook.failed", **about, error=f"cannot be started: {getattr(error, 'strerror', None) or error}")
             return
-        assert process.stderr is not None  # noqa: S101 - a pipe was asked for
-        words = asyncio.create_task(_last_words(process.stderr))
+        finally:
+            os.close(writing)
+        words = asyncio.create_task(_last_words(reading))
         try:
             async with asyncio.timeout(self._timeout):
                 code = await process.wait()
@@ -133,7 +137,7 @@ class Hooks:
             raise
         else:
             if code != 0:
-                await asyncio.wait([words], timeout=0.5)  # a child of its own may hold the pipe open
+                await asyncio.wait([words], timeout=0.5)
                 said = words.result() if words.done() else ""
                 log.warning("hook.failed", **about, error=f"it ended with {code}", said=said)
         finally:
@@ -162,11 +166,18 @@ class Hooks:
         return kept | told
 
 
-async def _last_words(stream: asyncio.StreamReader) -> str:
-    """The end of what a program says, in bounded memory."""
-    kept = b""
-    while piece := await stream.read(65536):
-        kept = (kept + piece)[-_OUTPUT:]
+async def _last_words(reading: int) -> str:
+    """The end of what a program says, in bounded memory. Closes the pipe."""
+    stream, kept = asyncio.StreamReader(), b""
+    pipe = os.fdopen(reading, "rb", 0)
+    transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(stream), pipe
+    )
+    try:
+        while piece := await stream.read(65536):
+            kept = (kept + piece)[-_OUTPUT:]
+    finally:
+        transport.close()
     return kept.decode(errors="replace").strip()
 
 

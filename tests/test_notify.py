@@ -1,0 +1,349 @@
+"""Hooks, notifications and the heartbeat: told what happened, and unable to hurt the work."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import stat
+import time
+from contextlib import asynccontextmanager, contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import structlog
+from aiohttp import web
+
+from tests.conftest import NOW, Site, run
+from tests.test_service import QUICK, RUN, replicas, serving
+from tinker_sync.errors import ConfigInvalid
+from tinker_sync.model.checkpoint import Checkpoint
+from tinker_sync.model.events import Event
+from tinker_sync.model.paths import TinkerPath
+from tinker_sync.model.work import Failure, Trouble
+from tinker_sync.notify.alarms import Message, Told, as_json, from_json, next_messages
+from tinker_sync.notify.hooks import Hooks
+from tinker_sync.notify.messages import Messenger, open_channels
+from tinker_sync.overview import NOTHING, Surroundings, Waiting, alarms, judge, overview
+from tinker_sync.sandbox import Fault, adapter
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+PATH = TinkerPath.parse("tinker://r:train:0/weights/a b")
+
+
+@contextmanager
+def logs() -> Iterator[list[Any]]:
+    """What is logged meanwhile."""
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(0))
+    with structlog.testing.capture_logs() as found:
+        yield found
+
+
+def program(home: Path, text: str) -> tuple[str, ...]:
+    """A script."""
+    path = home / f"hook{len(list(home.glob('hook*')))}"
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o700)
+    return (str(path),)
+
+
+# Hooks
+
+
+async def test_a_hook_gets_the_facts_in_order_and_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each event in turn, with its facts; arguments as they are; no credential, no notify socket, no input."""
+    monkeypatch.setenv("TINKER_API_KEY", "tml-secret")
+    monkeypatch.setenv("TINKER_SYNC__NOTIFY__HEARTBEAT_URL", "https://secret.example")
+    monkeypatch.setenv("NOTIFY_SOCKET", "/nowhere")
+    log = tmp_path / "out"
+    hook = program(tmp_path, f'echo "$1 $TINKER_SYNC_EVENT $TINKER_SYNC_BYTES" >> {log}; env > {log}.env; cat >> {log}')
+    async with Hooks({"committed": (*hook, "two words")}, timeout=5, root="/srv/m") as hooks:
+        for size in range(3):
+            hooks.happened(Event("committed", PATH, {"bytes": str(size), "directory": "r/weights/a b"}))
+        hooks.happened(Event("deleted", PATH))  # nobody asked for these
+    assert log.read_text().splitlines() == [f"two words committed {size}" for size in range(3)]
+    environment = dict(line.split("=", 1) for line in Path(f"{log}.env").read_text().splitlines() if "=" in line)
+    assert environment["TINKER_SYNC_TINKER_PATH"] == str(PATH)
+    assert environment["TINKER_SYNC_DIRECTORY"] == "/srv/m/r/weights/a b"
+    assert (environment["TINKER_SYNC_NAME"], environment["TINKER_SYNC_TYPE"]) == ("a b", "training")
+    assert not {"TINKER_API_KEY", "NOTIFY_SOCKET", "TINKER_SYNC__NOTIFY__HEARTBEAT_URL"} & set(environment)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("echo sorry >&2; exit 3", "it ended with 3"),
+        ("sleep 60", "it took more than 0.5 s"),
+        ("sleep 60 & exit 4", "it ended with 4"),  # a child of its own holds the pipe
+        ("trap '' TERM; sleep 60; sleep 60", "it took more than 0.5 s"),
+    ],
+)
+async def test_a_hook_that_fails_is_a_line_in_the_log(tmp_path: Path, text: str, said: str) -> None:
+    """Its exit code, or that it was ended; the next one runs all the same."""
+    good = tmp_path / "good"
+    with logs() as found:
+        hooks = Hooks(
+            {"failed": program(tmp_path, text), "committed": program(tmp_path, f"touch {good}")}, timeout=0.5, root="/"
+        )
+        async with asyncio.timeout(20), hooks:
+            hooks.happened(Event("failed", PATH))
+            hooks.happened(Event("committed", PATH))
+    (line,) = [line for line in found if line["event"] == "hook.failed"]
+    assert said in line["error"]
+    assert good.exists()
+
+
+async def test_what_cannot_be_started_is_said(tmp_path: Path) -> None:
+    """A program that is not there, and a file that is none."""
+    (tmp_path / "text").write_text("no program")
+    with logs() as found:
+        async with Hooks(
+            {"failed": (str(tmp_path / "none"),), "deleted": (str(tmp_path / "text"),)}, timeout=1, root="/"
+        ) as hooks:
+            hooks.happened(Event("failed", PATH))
+            hooks.happened(Event("deleted", PATH))
+    assert [line["error"] for line in found] == [
+        "cannot be started: No such file or directory", "cannot be started: Permission denied",
+    ]  # fmt: skip
+
+
+async def test_an_interruption_ends_the_hook_and_what_it_started(tmp_path: Path) -> None:
+    """Nothing is left running, and what was not run is said."""
+    pid = tmp_path / "pid"
+    hook = program(tmp_path, f"sleep 60 & echo $! > {pid}.new; mv {pid}.new {pid}; wait")
+    with logs() as found:
+
+        async def work() -> None:
+            async with Hooks({"committed": hook}, timeout=60, root="/") as hooks:
+                hooks.happened(Event("committed", PATH))
+                hooks.happened(Event("committed", PATH))
+                await asyncio.sleep(60)
+
+        task = asyncio.create_task(work())
+        while not pid.exists():  # noqa: ASYNC110 - another process makes it
+            await asyncio.sleep(0.02)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    assert found == [{"event": "hooks.dropped", "events": 1, "log_level": "warning"}]
+    for _ in range(100):
+        state = Path(f"/proc/{pid.read_text().strip()}/status")
+        if not state.exists() or "zombie" in state.read_text():
+            break
+        await asyncio.sleep(0.02)
+    else:
+        raise AssertionError(pid.read_text())
+
+
+def test_hooks_of_the_commands(outside: Site) -> None:
+    """`sync` runs them and waits for them; their failing changes no exit code."""
+    outside.sandbox.account.add(RUN, "good", payload=adapter(0))
+    outside.sandbox.account.add(RUN, "bad", payload=adapter(0))
+    outside.sandbox.faults.append(Fault("archive", "status", status=500, match="bad"))
+    out = outside.home / "out"
+    hook = program(
+        outside.home, f'sleep 0.3; echo "$TINKER_SYNC_EVENT $TINKER_SYNC_NAME $TINKER_SYNC_ERROR" >> {out}; exit 9'
+    )
+    config = outside.write_config(f'[hooks]\ncommitted = ["{hook[0]}"]\nfailed = ["{hook[0]}"]\n')
+    done = run(["--config", str(config), "sync"], check=1)
+    assert "it ended with 9" in done.stderr
+    lines = sorted(out.read_text().splitlines())
+    assert lines[0] == "committed good "
+    assert lines[1].startswith("failed bad ")
+    assert "500" in lines[1]
+
+
+# What people should know
+
+
+def failure(name: str, attempts: int, trouble: Trouble = Trouble.FAILING) -> Failure:
+    """A failure."""
+    return Failure(TinkerPath("r", "weights", name), NOW, 1, trouble, attempts, "cut", NOW, NOW + timedelta(minutes=1))
+
+
+def document(**changes: Any) -> dict[str, Any]:
+    """A mirror that is well, less what is changed."""
+    last = {"service_error": None, "breaker": None}
+    around = {key: changes.pop(key) for key in ("stop_reason", "free_bytes", "min_free") if key in changes}
+    stock = {
+        "counts": {**NOTHING.counts, "replicas": 1},
+        "missing": (),
+        "failures": (),
+        "running_out": 0,
+        "last_pass": last,
+    }
+    chosen = type(NOTHING)(**{**stock, **changes})
+    return overview(chosen, Surroundings("/srv/m", enforce=True, **around), now=NOW)
+
+
+def waiting(name: str, left: timedelta, seen: timedelta) -> Waiting:
+    """A checkpoint that ends in `left`, first seen so long ago."""
+    return Waiting(Checkpoint(TinkerPath("r", "weights", name), NOW, 1, expires_at=NOW + left), NOW - seen)
+
+
+HOUR = timedelta(hours=1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "kinds", "level"),
+    [
+        ({}, set(), "well"),
+        ({"failures": [failure("a", 1)]}, set(), "bad"),  # one failure is no alarm yet
+        ({"failures": [failure("a", 2)]}, {"failure"}, "bad"),
+        ({"failures": [failure("a", 1, Trouble.QUARANTINED)]}, {"failure"}, "bad"),
+        ({"failures": [failure("a", 9, Trouble.NOT_SERVED)]}, set(), "well"),
+        ({"counts": {**NOTHING.counts, "replicas": 1, "damaged": 1}}, {"failure"}, "bad"),
+        ({"stop_reason": "lost"}, {"breaker"}, "bad"),
+        ({"last_pass": {"service_error": None, "breaker": {"deletes": 9}}}, {"breaker"}, "bad"),
+        ({"missing": [waiting("a", HOUR, HOUR)]}, {"expiring"}, "bad"),
+        ({"missing": [waiting("a", HOUR, timedelta(minutes=1))]}, set(), "bad"),  # it only just appeared
+        ({"missing": [waiting("a", 48 * HOUR, HOUR)]}, set(), "working"),
+        ({"missing": [waiting("a", -HOUR, HOUR)]}, set(), "well"),  # it is over
+        ({"free_bytes": 5, "min_free": 6}, {"disk"}, "bad"),
+        ({"free_bytes": 6, "min_free": 6}, set(), "well"),
+    ],
+)
+def test_what_is_an_alarm(changes: dict[str, Any], kinds: set[str], level: str) -> None:
+    """The table of docs/OPERATION.md."""
+    found = document(**changes)
+    assert set(alarms(found, now=NOW)) == kinds
+    assert judge(found)[0] == level
+
+
+def titles(told: dict[str, Told], now: dict[str, str], hours: float) -> tuple[list[str], dict[str, Told]]:
+    """What is said at that hour."""
+    messages, after = next_messages(told, now, now=NOW + timedelta(hours=hours), who="me")
+    return [message.title for message in messages], after
+
+
+def test_an_alarm_is_told_once_and_its_end_once() -> None:
+    """Again after a day; flapping is held back for an hour; what was held back is told when it lasts."""
+    bad = {"disk": "full"}
+    said, told = titles({}, bad, 0)
+    assert said == ["me: disk"]
+    assert titles(told, bad, 1)[0] == []
+    assert titles(told, bad, 24)[0] == ["me: disk (still)"]
+    said, told = titles(told, {}, 2)
+    assert said == ["me: disk is over"]
+    assert titles(told, {}, 3)[0] == []
+    assert titles(told, bad, 2.5)[0] == []  # flapping: and then its end is not told either
+    said, told = titles(told, bad, 3.1)
+    assert said == ["me: disk"]
+    assert from_json(json.loads(json.dumps(as_json(told)))) == told
+    assert titles(told, bad, -1000)[0] == ["me: disk (still)"]  # a clock that went back keeps nothing quiet for long
+    assert from_json({"disk": {"at": 3}}) == {}
+
+
+# Sending
+
+
+@asynccontextmanager
+async def listener() -> AsyncIterator[tuple[str, list[Any], dict[str, int]]]:
+    """A server that takes notifications and heartbeats: its host and port, what came, and how it answers."""
+    came: list[Any] = []
+    answers = {"status": 200}
+
+    async def take(request: web.Request) -> web.Response:
+        came.append(await request.json() if request.method == "POST" else request.path)
+        return web.Response(status=answers["status"])
+
+    app = web.Application()
+    app.router.add_route("*", "/{tail:.*}", take)
+    runner = web.AppRunner(app, shutdown_timeout=0.05)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    try:
+        yield f"127.0.0.1:{runner.addresses[0][1]}", came, answers
+    finally:
+        await runner.cleanup()
+
+
+async def test_notifications_and_heartbeats_are_sent() -> None:
+    """Through Apprise; a heartbeat at once, and not again within the minute."""
+    async with listener() as (host, came, _):
+        async with Messenger([f"json://{host}/x"], f"http://{host}/beat/secret", user_agent="t") as messenger:
+            messenger.send(Message("disk", "me: disk", "full"))
+            for _ in range(5):
+                messenger.alive()
+                await asyncio.sleep(0.05)
+        assert [item for item in came if isinstance(item, str)] == ["/beat/secret"]
+        assert [(item["title"], item["message"]) for item in came if isinstance(item, dict)] == [("me: disk", "full")]
+
+
+async def test_a_failing_notifier_hurts_nobody() -> None:
+    """It is a line in the log without the URL; leaving does not wait for long."""
+    async with listener() as (host, came, answers):
+        answers["status"] = 500
+        with logs() as found:
+            begun = time.monotonic()
+            urls = [f"json://user:hush@{host}/hush"]
+            async with Messenger(urls, f"http://{host}/hush", user_agent="t", patience=1.0) as messenger:
+                messenger.send(Message("disk", "t", "b"))
+                messenger.alive()
+            assert time.monotonic() - begun < 8
+        assert len(came) >= 2
+    assert {"notify.failed", "heartbeat.failed"} <= {line["event"] for line in found}
+    assert "hush" not in str(found)
+
+
+def test_urls_that_nobody_understands_are_refused_without_showing_them(outside: Site) -> None:
+    """At check-config, and at the start; the printed configuration shows no URL either."""
+    with pytest.raises(ConfigInvalid, match=r"2\. URL"):
+        open_channels(["json://localhost", "hush://hush@hush"])
+    bad = outside.write_config('[notify]\nurls = ["hushhush://secret"]\n')
+    for arguments in (["check-config"], ["sync"], ["run"]):
+        done = run(["--config", str(bad), *arguments], check=2)
+        assert "[notify] urls: the 1. URL" in done.stderr
+        assert "secret" not in done.stderr + done.stdout
+    good = outside.write_config('[notify]\nurls = ["json://u:secret@localhost"]\nheartbeat_url = "https://h/secret"\n')
+    assert "secret" not in run(["--config", str(good), "check-config", "--json"], check=0).stdout
+
+
+# The service tells
+
+
+async def test_the_service_tells_of_trouble_and_of_its_end(outside: Site) -> None:
+    """A quarantined checkpoint, its end, a silence; a restart repeats nothing."""
+    outside.sandbox.account.add(RUN, "good", payload=adapter(0))
+    outside.sandbox.faults.append(Fault("list", "status", status=500))
+    async with listener() as (host, came, _):
+        extra = f'{QUICK}[notify]\nurls = ["json://{host}/"]\nheartbeat_url = "http://{host}/beat"\nsilence = "2s"\n'
+
+        def seen() -> list[str]:
+            return [item["title"].partition(": ")[2] for item in came if isinstance(item, dict)]
+
+        def watch() -> None:
+            with serving(outside, extra, TINKER_SYNC__TINKER__TIMEOUT="1s") as service:
+                service.until(lambda: "silence" in seen(), 40)
+                assert "/beat" not in came
+                outside.sandbox.faults.clear()
+                service.until(lambda: "silence is over" in seen(), 60)
+                service.until(lambda: "/beat" in came)
+                service.until(lambda: replicas(outside) == {"good"})
+                assert service.end()[0] == 0
+            with serving(outside, extra) as service:
+                service.until(lambda: "poll" in service.log or replicas(outside) == {"good"})
+                time.sleep(2)
+                assert service.end()[0] == 0
+
+        await asyncio.to_thread(watch)
+        assert seen() == ["silence", "silence is over"]
+
+
+def test_a_hook_that_hangs_does_not_hold_up_the_end(outside: Site) -> None:
+    """SIGTERM ends the service within its ten seconds, and the hook with it."""
+    outside.sandbox.account.add(RUN, "a", payload=adapter(0))
+    pid = outside.home / "pid"
+    hook = program(outside.home, f"trap '' TERM; echo $$ > {pid}; sleep 60; sleep 60")
+    with serving(outside, f'{QUICK}[hooks]\ncommitted = ["{hook[0]}"]\n') as service:
+        service.until(lambda: pid.exists() and pid.read_text().strip())
+        code, seconds = service.end(signal.SIGTERM)
+    assert (code, seconds < 10) == (0, True)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+    assert stat.S_ISREG(pid.stat().st_mode)
