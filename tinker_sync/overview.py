@@ -144,11 +144,21 @@ def _ends_soon(one: Waiting, now: datetime) -> bool:
     return one.checkpoint.expires_at is not None and one.checkpoint.expires_at - now < SOON
 
 
-def judge(document: Mapping[str, Any]) -> tuple[Level, str]:
+def _left_to_end(document: Mapping[str, Any], now: datetime) -> list[Mapping[str, Any]]:
+    """What ends soon and should be here by now: it failed, or has waited for long. The first to end comes first."""
+    troubled = {row["tinker_path"] for row in document["failures"]}
+    return [
+        row
+        for row in document["expiring_unmirrored"]
+        if row["tinker_path"] in troubled or now - parse_time(row["first_seen_at"]) > PATIENCE
+    ]
+
+
+def judge(document: Mapping[str, Any], *, now: datetime) -> tuple[Level, str]:
     """Whether all is well, in one sentence; what is worst comes first."""
     last = document["last_pass"]
     bad = document["failing"] + document["quarantined"] + document["damaged"]
-    soon = len(document["expiring_unmirrored"])
+    soon = len(_left_to_end(document, now))
     if last is None and not document["replicas"]:
         return "working", "nothing was mirrored here yet"
     if document["stopped"]:
@@ -197,12 +207,7 @@ def alarms(document: Mapping[str, Any], *, now: datetime) -> dict[Alarm, str]:
         found["breaker"] = f"enforcement is stopped: {document['stop_reason']}"
     elif last is not None and last.get("breaker"):
         found["breaker"] = f"the breaker held back {last['breaker']['deletes']} deletes: see `tinker-sync plan`"
-    troubled = {row["tinker_path"] for row in document["failures"]}
-    expiring = [
-        row
-        for row in document["expiring_unmirrored"]
-        if row["tinker_path"] in troubled or now - parse_time(row["first_seen_at"]) > PATIENCE
-    ]
+    expiring = _left_to_end(document, now)
     if expiring:
         first = expiring[0]
         found["expiring"] = (

@@ -80,7 +80,7 @@ def _tell_status(document: dict[str, Any]) -> None:
 
     now = datetime.now(UTC)
     last = document["last_pass"]
-    level, sentence = judge(document)
+    level, sentence = judge(document, now=now)
     if last is None and not document["replicas"]:
         render.say(f"{sentence}: run `tinker-sync sync`")
     else:

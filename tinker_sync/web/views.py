@@ -371,7 +371,7 @@ class Views:
 
     def _with_life(self, document: dict[str, Any]) -> dict[str, Any]:
         vitals, now = self.vitals, self._clock.now()
-        level, sentence = judge(document)
+        level, sentence = judge(document, now=now)
         if vitals.trouble is not None:
             level, sentence = "bad", f"the service is in trouble: {vitals.trouble}"
         return {
