@@ -149,7 +149,7 @@ def fill(home: Path, sandbox: Sandbox, count: int) -> None:
                 committed_at=made.time,
                 verified_at=now,
                 manifest_sha256="0" * 64,
-            )  # fmt: skip
+            )
         )
     state = home / "mirror" / ".tinker-sync"
     subprocess.run(
