@@ -120,6 +120,10 @@ class Service:
         """Start it, and wait for its page."""
         with self.log.open("ab") as log:
             before = log.tell()
+            if self.environment:  # its clock starts where the account's is now
+                self.environment["FAKETIME"] = re.sub(
+                    r"\+\S+", f"+{now - time.time():.3f}", self.environment["FAKETIME"]
+                )
             self.process = subprocess.Popen(
                 [
                     str(Path(sys.executable).with_name("tinker-sync")),
