@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 import traceback
+import urllib.request
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,7 +26,9 @@ UNIT = "tinker-sync.service"
 STATE = Path("/var/lib/tinker-sync")
 CONFIG = Path("/etc/tinker-sync/config.toml")
 OTHER = Path("/home") / "other"
+TOOL = "/opt/tinker-sync/bin/tinker-sync"
 RUN = "39aa5eb2-e234-5a95-ab68-896e4cac8c45:train:0"
+PATH = f"tinker://{RUN}/weights/000000"
 results: list[bool] = []
 
 
@@ -77,14 +81,21 @@ def main() -> None:
     sandbox = serve()
     sandbox.account.add(RUN, "000000", payload=adapter(0), ttl=timedelta(days=7))
     CONFIG.parent.mkdir(parents=True, exist_ok=True)
+    said = Path("/test/readme.out").read_text()
+    followed = Path("/test/readme.code").read_text().strip() == "0"
+    report("the README's lines, to the letter", followed, "" if followed else said[-600:])
+    report("install-service says the next two commands", "systemctl enable --now tinker-sync" in said)
+    report(
+        "and leave a service that is up, and enabled",
+        (show("ActiveState"), show("UnitFileState")) == ("active", "enabled"),
+    )
+    trouble = until(lambda: "in trouble" in show("StatusText"))  # there is no network in here
+    report("that says what is wrong", trouble, show("StatusText"))
     (CONFIG.parent / "api-key").write_text(sandbox.key)
-    (CONFIG.parent / "api-key").chmod(0o600)
     good = f'[tinker]\nbase_url = "{sandbox.base_url}"\n[mirror]\nmin_free = "0"\n[poll]\ninterval = "1s"\n'
     CONFIG.write_text(good)
     OTHER.mkdir(parents=True, exist_ok=True)
     (OTHER / "secret").write_text("not yours")
-    said = sh("/opt/tinker-sync/bin/tinker-sync", "install-service", check=True).stdout
-    report("install-service says the next two commands", "systemctl enable --now tinker-sync" in said)
     drop = Path("/etc/systemd/system/tinker-sync.service.d")
     drop.mkdir(exist_ok=True)
     probe = (
@@ -93,9 +104,9 @@ def main() -> None:
     (drop / "probe.conf").write_text(
         f"[Service]\nWatchdogSec=8\nRestartSec=1\nExecStartPre=-/bin/sh -c '{probe} > %S/tinker-sync/seen 2>/dev/null; true'\n"
     )
-    sh("systemd-sysusers", check=True)
     sh("systemctl", "daemon-reload", check=True)
-    started = sh("systemctl", "start", UNIT)
+    shutil.rmtree(STATE)  # the root is another account's now
+    started = sh("systemctl", "restart", UNIT)
     report("becomes ready", started.returncode == 0 and show("ActiveState") == "active", started.stderr.strip())
     report("mirrors", until(lambda: here() == {"000000"}))
     report("says what it does", until(lambda: "listed" in show("StatusText")), show("StatusText"))
@@ -105,6 +116,12 @@ def main() -> None:
     )
     seen = STATE / "seen"
     report("cannot see other people's files", seen.exists() and seen.read_text() == "")
+    page = urllib.request.urlopen("http://127.0.0.1:9464/readyz", timeout=10).read().decode()
+    report("shows how it is", '"ready": true' in page, page.strip())
+    asked = sh("runuser", "-u", "tinker-sync", "--", TOOL, "--config", str(CONFIG), "--root", str(STATE), "fetch", PATH)
+    report("is asked by its user", asked.returncode == 0 and "already here" in asked.stdout, asked.stderr.strip())
+    asked = sh("runuser", "-u", "nobody", "--", TOOL, "--root", str(STATE), "fetch", PATH)
+    report("and by nobody else", asked.returncode not in (0, 1), str(asked.returncode))
     report("runs as its own user", sh("stat", "-c", "%U", str(STATE / RUN)).stdout.strip() == "tinker-sync")
 
     pid = int(show("MainPID"))
