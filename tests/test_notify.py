@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
 PATH = TinkerPath.parse("tinker://r:train:0/weights/a b")
+HOUR = timedelta(hours=1)
+LAST = {"service_error": None, "breaker": None}
 
 
 @contextmanager
@@ -168,14 +170,13 @@ def failure(name: str, attempts: int, trouble: Trouble = Trouble.FAILING) -> Fai
 
 def document(**changes: Any) -> dict[str, Any]:
     """A mirror that is well, less what is changed."""
-    last = {"service_error": None, "breaker": None}
     around = {key: changes.pop(key) for key in ("stop_reason", "free_bytes", "min_free") if key in changes}
     stock = {
         "counts": {**NOTHING.counts, "replicas": 1},
         "missing": (),
         "failures": (),
         "running_out": 0,
-        "last_pass": last,
+        "last_pass": LAST,
     }
     chosen = type(NOTHING)(**{**stock, **changes})
     return overview(chosen, Surroundings("/srv/m", enforce=True, **around), now=NOW)
@@ -186,32 +187,40 @@ def waiting(name: str, left: timedelta, seen: timedelta) -> Waiting:
     return Waiting(Checkpoint(TinkerPath("r", "weights", name), NOW, 1, expires_at=NOW + left), NOW - seen)
 
 
-HOUR = timedelta(hours=1)
-
-
 @pytest.mark.parametrize(
     ("changes", "kinds", "level"),
     [
         ({}, set(), "well"),
         ({"failures": [failure("a", 1)]}, set(), "bad"),  # one failure is no alarm yet
-        ({"failures": [failure("a", 2)]}, {"failure"}, "bad"),
-        ({"failures": [failure("a", 1, Trouble.QUARANTINED)]}, {"failure"}, "bad"),
+        ({"failures": [failure("a", 2)]}, {"failure:checkpoints"}, "bad"),
+        ({"failures": [failure("a", 1, Trouble.QUARANTINED)]}, {"failure:checkpoints"}, "bad"),
         ({"failures": [failure("a", 9, Trouble.NOT_SERVED)]}, set(), "well"),
-        ({"counts": {**NOTHING.counts, "replicas": 1, "damaged": 1}}, {"failure"}, "bad"),
-        ({"stop_reason": "lost"}, {"breaker"}, "bad"),
-        ({"last_pass": {"service_error": None, "breaker": {"deletes": 9}}}, {"breaker"}, "bad"),
+        ({"counts": {**NOTHING.counts, "replicas": 1, "damaged": 1}}, {"failure:damage"}, "bad"),
+        ({"stop_reason": "lost"}, {"breaker:stopped"}, "bad"),
+        ({"last_pass": {"service_error": None, "breaker": {"deletes": 9}}}, {"breaker:limits"}, "bad"),
         ({"missing": [waiting("a", HOUR, HOUR)]}, {"expiring"}, "bad"),
         ({"missing": [waiting("a", HOUR, timedelta(minutes=1))]}, set(), "working"),  # it only just appeared
         ({"missing": [waiting("a", 48 * HOUR, HOUR)]}, set(), "working"),
         ({"missing": [waiting("a", -HOUR, HOUR)]}, set(), "well"),  # it is over
-        ({"free_bytes": 5, "min_free": 6}, {"disk"}, "bad"),
+        ({"free_bytes": 5, "min_free": 6}, {"disk:min_free"}, "bad"),
         ({"free_bytes": 6, "min_free": 6}, set(), "well"),
+        ({"last_pass": {**LAST, "no_room": 3}}, {"disk:max_bytes"}, "bad"),
+        ({"last_pass": {**LAST, "retention_error": "pins"}}, {"failure:retention"}, "bad"),
+        ({"last_pass": {**LAST, "service_error": "401", "credential_refused": True}}, {"failure:credential"}, "bad"),
+        ({"last_pass": {**LAST, "listed_at": "2026-01-15T05:59:59Z"}}, {"silence"}, "well"),
+        ({"lost": [(PATH, NOW - HOUR)]}, {"expiring:lost"}, "bad"),
+        ({"lost": [(PATH, NOW - 25 * HOUR)]}, set(), "well"),
+        (  # one cause does not hide another
+            {"failures": [failure("a", 2)], "last_pass": {**LAST, "service_error": "401", "credential_refused": True}},
+            {"failure:checkpoints", "failure:credential"},
+            "bad",
+        ),
     ],
 )
 def test_what_is_an_alarm(changes: dict[str, Any], kinds: set[str], level: str) -> None:
     """The table of docs/OPERATION.md."""
     found = document(**changes)
-    assert set(alarms(found, now=NOW)) == kinds
+    assert set(alarms(found, now=NOW, silence=6 * HOUR)) == kinds
     assert judge(found, now=NOW)[0] == level
 
 
@@ -263,11 +272,15 @@ async def listener() -> AsyncIterator[tuple[str, list[Any], dict[str, int]]]:
         await runner.cleanup()
 
 
+async def delivered() -> None:
+    """Nothing more."""
+
+
 async def test_notifications_and_heartbeats_are_sent() -> None:
     """Through Apprise; a heartbeat at once, and not again within the minute."""
     async with listener() as (host, came, _):
         async with Messenger([f"json://{host}/x"], f"http://{host}/beat/secret", user_agent="t") as messenger:
-            messenger.send(Message("disk", "me: disk", "full"))
+            messenger.send(Message("disk", "me: disk", "full"), delivered)
             for _ in range(5):
                 messenger.alive()
                 await asyncio.sleep(0.05)
@@ -283,7 +296,7 @@ async def test_a_failing_notifier_hurts_nobody() -> None:
             begun = time.monotonic()
             urls = [f"json://user:hush@{host}/hush"]
             async with Messenger(urls, f"http://{host}/hush", user_agent="t", patience=1.0) as messenger:
-                messenger.send(Message("disk", "t", "b"))
+                messenger.send(Message("disk", "t", "b"), delivered)
                 messenger.alive()
             assert time.monotonic() - begun < 8
         assert len(came) >= 2

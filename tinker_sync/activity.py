@@ -48,12 +48,20 @@ class Running:
     def advance(self, received: int, now: float) -> None:
         """More bytes came."""
         self.received += received
+        self.rest(now, at_least=0.5)
+
+    def rest(self, now: float, at_least: float = _SMOOTH) -> None:
+        """Count anew when so much time has passed: a transfer that stalls has no rate."""
         passed = now - self._counted_at
-        if passed >= 0.5:
+        if passed >= at_least:
             current = (self.received - self._counted) / passed
             weight = min(1.0, passed / _SMOOTH) if self.rate else 1.0
             self.rate += weight * (current - self.rate)
             self._counted_at, self._counted = now, self.received
+
+
+def _nothing() -> None:
+    """Nobody wants to know."""
 
 
 class Activity:
@@ -68,11 +76,13 @@ class Activity:
         self.transfer_seconds = 0.0
         """What all transfers took together."""
         self.transfers: Counter[str] = Counter()
-        """By outcome: committed, failed."""
+        """By outcome: committed, or failed for this pass."""
         self.deletes: Counter[tuple[str, str]] = Counter()
         """By side and action."""
         self.requests: Counter[tuple[str, str]] = Counter()
         """By route and status."""
+        self.on_request: Callable[[], None] = _nothing
+        """Called after each."""
         self.committed_at: datetime | None = None
         """When the last copy was whole, since the start; aware UTC."""
 
@@ -84,6 +94,9 @@ class Activity:
     @property
     def rate(self) -> float:
         """Bytes per second, of all that runs."""
+        now = self._monotonic()
+        for running in self._running.values():
+            running.rest(now)
         return sum(running.rate for running in self._running.values())
 
     def of(self, path: TinkerPath) -> Running | None:
@@ -93,6 +106,7 @@ class Activity:
     def asked(self, route: str, status: str) -> None:
         """A request was answered, or was not (`status` is `error` then)."""
         self.requests[route, status] += 1
+        self.on_request()
 
     def planned(self, transfers: int, total_bytes: int) -> None:
         """Nothing that is not asked of the queue."""
@@ -111,16 +125,19 @@ class Activity:
             running.advance(received, self._monotonic())
 
     def ended(self, transfer: Transfer, error: str | None) -> None:
-        """It is done, or failed."""
+        """It receives no longer; what came of it is told by `happened`."""
+        del error
         running = self._running.pop(transfer.path, None)
         if running is not None:
             self.transfer_seconds += self._monotonic() - running.begun
-        self.transfers["committed" if error is None else "failed"] += 1
 
     def happened(self, event: Event) -> None:
         """Count what was let go, and note what came."""
         if event.kind == "committed":
             self.committed_at = self._now()
+            self.transfers["committed"] += 1
+        elif event.kind == "failed" and "side" not in event.facts:
+            self.transfers["failed"] += 1
         elif event.kind == "deleted":
             self.deletes[event.facts.get("side", ""), event.facts.get("action", "")] += 1
 
@@ -143,7 +160,6 @@ class Vitals:
     """None until the service was asked."""
     trouble: str | None = None
     """Why the last poll failed."""
-    enforcement_error: str | None = None
     reload_error: str | None = None
     """Why the last reload was refused."""
     reloaded_at: datetime | None = None

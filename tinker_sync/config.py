@@ -596,15 +596,23 @@ def find_config(explicit: Path | None) -> Path | None:
     """
     named = explicit or (Path(text) if (text := os.environ.get("TINKER_SYNC_CONFIG")) else None)
     if named is not None:
-        if not named.exists():
+        if not _exists(named):
             message = f"the configuration file {named} does not exist"
             raise ConfigInvalid(message)
         return named
     home = Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser()
     for candidate in (home / "tinker-sync" / "config.toml", Path("/etc/tinker-sync/config.toml")):
-        if candidate.exists():
+        if _exists(candidate):
             return candidate
     return None
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError as error:
+        message = f"the configuration file {path} cannot be read: {error.strerror}"
+        raise ConfigInvalid(message) from error
 
 
 def load_settings(explicit: Path | None = None, *, root: Path | None = None) -> Settings:
@@ -617,8 +625,9 @@ def load_settings(explicit: Path | None = None, *, root: Path | None = None) -> 
     whence = "the environment" if path is None else str(path)
     try:
         document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        message = f"{whence}: {error}"
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        said = "is nested too deeply" if isinstance(error, RecursionError) else error
+        message = f"{whence}: {said}"
         raise ConfigInvalid(message) from error
     if path is not None and not document:
         message = f"{whence} is empty (half-saved?): remove it to run on defaults, or copy config.example.toml there"

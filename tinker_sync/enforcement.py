@@ -39,6 +39,7 @@ from tinker_sync.model.checkpoint import Listing
 from tinker_sync.model.deeds import OPEN, object_facts
 from tinker_sync.model.events import Event
 from tinker_sync.model.moments import rfc3339
+from tinker_sync.model.news import News
 from tinker_sync.retention import Policy, duration, not_worth_copying, plan_retention
 
 if TYPE_CHECKING:
@@ -196,6 +197,8 @@ class Enforcer:
         self._apart: bool | None = None
         self._by_hand = False
         self._of_runs: dict[str, Holdings] = {}
+        self._gone: list[Checkpoint] = []
+        self._news = News()
         self.trouble: TinkerSyncError | None = None
         """What is wrong on this side, pins or journal: it ends retention, and not the copying."""
         self._turn = asyncio.Lock()
@@ -234,7 +237,10 @@ class Enforcer:
             raise
         except TinkerSyncError as error:  # no reason not to copy; retention raises it again
             self.trouble = error
-            log.error("retention.trouble", error=str(error))  # noqa: TRY400 - told in words
+            if self._news.is_new("trouble", str(error)):
+                log.error("retention.trouble", error=str(error))  # noqa: TRY400 - told in words
+        else:
+            self._news.over("trouble")
 
     async def _observed(self) -> Listing | Sighting:
         found = await self._account.list()
@@ -244,8 +250,13 @@ class Enforcer:
             found = await self._account.list()
         complete = isinstance(found, Listing)
         observing = partial(self._catalog.observe, found.checkpoints, found.seen_at, complete=complete)
-        await self._index(observing)
+        self._gone += await self._index(observing)
         return found
+
+    def take_gone(self) -> list[Checkpoint]:
+        """What proven listings no longer had, since this was last asked."""
+        gone, self._gone = self._gone, []
+        return gone
 
     def _shrank(self, found: Listing) -> bool:
         known = self._catalog.known()
@@ -473,8 +484,10 @@ class Enforcer:
             return result
         if plan.breaker is not None:
             result.breaker = plan.breaker
-            log.error("breaker.tripped", **plan.breaker.as_json())
+            if self._news.is_new("breaker", str(plan.breaker)):
+                log.error("breaker.tripped", **plan.breaker.as_json())
             return result
+        self._news.over("breaker")
         async with self._turn:
             try:
                 await self._carry_out(decision, since, now)

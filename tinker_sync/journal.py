@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from tinker_sync.errors import DiskTrouble, FixFirst
+from tinker_sync.model.moments import parse_time
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -189,7 +190,8 @@ def last_events(state: Path, most: int) -> list[dict[str, Any]]:
             for line in reversed(lines):
                 with suppress(ValueError, RecursionError):
                     event = json.loads(line)
-                    if isinstance(event, dict) and isinstance(event.get("event"), str) and "time" in event:
+                    if isinstance(event, dict) and isinstance(event.get("event"), str):
+                        parse_time(str(event.get("time")))
                         found.append(event)
         if len(found) >= most:
             break

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from tinker_sync.model.checkpoint import Checkpoint
+    from tinker_sync.model.paths import TinkerPath
     from tinker_sync.model.work import Failure
     from tinker_sync.planning import Selection
     from tinker_sync.ports import Catalog
@@ -29,7 +30,8 @@ PATIENCE: Final = timedelta(minutes=30)
 TRIED: Final = 2
 """A checkpoint that failed in so many passes is an alarm; one failure is often gone with the next pass."""
 Level = Literal["well", "working", "bad"]
-Alarm = Literal["failure", "breaker", "expiring", "disk", "silence"]
+LOST_FOR: Final = timedelta(hours=24)
+"""So long a checkpoint that ended uncopied is an alarm; there is nothing to be done about it but to know."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,8 @@ class Stock:
     running_out: int
     """Upstream under a TTL of ours."""
     last_pass: Mapping[str, Any] | None
+    lost: Sequence[tuple[TinkerPath, datetime]] = ()
+    """What ended upstream before it was copied, and when."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +82,7 @@ def take_stock(catalog: Catalog, selection: Selection) -> Stock:
         failures=catalog.failures(),
         running_out=sum(1 for deed in catalog.unsettled_deeds() if deed.is_ours_to_undo),
         last_pass=catalog.last_pass(),
+        lost=catalog.lost(),
     )
 
 
@@ -128,6 +133,9 @@ def overview(stock: Stock, around: Surroundings, *, now: datetime) -> dict[str, 
             }
             for failure in stock.failures
         ],
+        "lost": [
+            {"tinker_path": str(path), "expires_at": rfc3339(at)} for path, at in stock.lost if now - at < LOST_FOR
+        ],
         "stopped": around.stop_reason is not None,
         "stop_reason": around.stop_reason,
         "enforce": around.enforce,
@@ -170,10 +178,16 @@ def judge(document: Mapping[str, Any], *, now: datetime) -> tuple[Level, str]:
             f"{document['failing']} failing, {document['quarantined']} quarantined, "
             f"{document['damaged']} damaged, {soon} expire uncopied within 24 h"
         )
+    if document["lost"]:
+        return "bad", f"{len(document['lost'])} checkpoints ended upstream before they were copied, in the last day"
     if last is not None and last.get("breaker"):
         return "bad", f"the breaker held back {last['breaker']['deletes']} deletes: see `tinker-sync plan`"
+    if last is not None and last.get("retention_error"):
+        return "bad", f"retention cannot run: {last['retention_error']}"
     if is_full(document):
         return "bad", "the disk has less room than [mirror] min_free: nothing more is copied"
+    if last is not None and last.get("no_room"):
+        return "bad", f"[mirror] max_bytes has no room for {last['no_room']} checkpoints, and what is here must stay"
     if document["pending"]:
         return "working", f"{document['pending']} checkpoints are still to be copied"
     return "well", "everything wanted is here"
@@ -184,36 +198,75 @@ def is_full(document: Mapping[str, Any]) -> bool:
     return document["free_bytes"] is not None and document["free_bytes"] < document["min_free"]
 
 
-def alarms(document: Mapping[str, Any], *, now: datetime) -> dict[Alarm, str]:
-    """What a person should be told now, one sentence for each kind; `silence` is the caller's to add."""
-    found: dict[Alarm, str] = {}
+def alarms(
+    document: Mapping[str, Any], *, now: datetime, silence: timedelta, begun_at: datetime | None = None
+) -> dict[str, str]:
+    """What a person should be told now, one sentence for each `kind` or `kind:cause`.
+
+    Kinds are those of `[notify] on`. `silence` is how long the account may go without a proven listing; a mirror that never
+    had one is silent since `begun_at`.
+    """
+    last = document["last_pass"] or {}
+    candidates = {
+        "failure:credential": f"the credential is not accepted: {last.get('service_error')}"
+        if last.get("credential_refused")
+        else None,
+        "failure:checkpoints": _failing(document),
+        "failure:damage": f"{document['damaged']} replicas are damaged: see `tinker-sync verify`"
+        if document["damaged"]
+        else None,
+        "failure:retention": f"retention cannot run: {last['retention_error']}"
+        if last.get("retention_error")
+        else None,
+        "breaker:stopped": f"enforcement is stopped: {document['stop_reason']}" if document["stopped"] else None,
+        "breaker:limits": f"the breaker held back {last['breaker']['deletes']} deletes: see `tinker-sync plan`"
+        if last.get("breaker")
+        else None,
+        "expiring": _expiring(document, now),
+        "expiring:lost": _lost(document),
+        "disk:min_free": f"{document['free_bytes']:,} bytes are free, [mirror] min_free is {document['min_free']:,}"
+        if is_full(document)
+        else None,
+        "disk:max_bytes": f"[mirror] max_bytes has no room for {last['no_room']} checkpoints, and what is here must stay"
+        if last.get("no_room")
+        else None,
+        "silence": _silence(last, now, silence, begun_at),
+    }
+    return {kind: text for kind, text in candidates.items() if text is not None}
+
+
+def _failing(document: Mapping[str, Any]) -> str | None:
     failing = [
         row
         for row in document["failures"]
         if row["trouble"] == Trouble.QUARANTINED.value
         or (row["trouble"] == Trouble.FAILING.value and row["attempts"] >= TRIED)
     ]
-    parts = []
-    if failing:
-        parts.append(
-            f"{len(failing)} checkpoints cannot be copied, as {failing[0]['tinker_path']}: {failing[0]['error']}"
-        )
-    if document["damaged"]:
-        parts.append(f"{document['damaged']} replicas are damaged: see `tinker-sync verify`")
-    if parts:
-        found["failure"] = "; ".join(parts)
-    last = document["last_pass"]
-    if document["stopped"]:
-        found["breaker"] = f"enforcement is stopped: {document['stop_reason']}"
-    elif last is not None and last.get("breaker"):
-        found["breaker"] = f"the breaker held back {last['breaker']['deletes']} deletes: see `tinker-sync plan`"
+    if not failing:
+        return None
+    return f"{len(failing)} checkpoints cannot be copied, as {failing[0]['tinker_path']}: {failing[0]['error']}"
+
+
+def _expiring(document: Mapping[str, Any], now: datetime) -> str | None:
     expiring = _left_to_end(document, now)
-    if expiring:
-        first = expiring[0]
-        found["expiring"] = (
-            f"{len(expiring)} checkpoints end within 24 h and are not copied, first {first['tinker_path']} "
-            f"at {first['expires_at']}"
-        )
-    if is_full(document):
-        found["disk"] = f"{document['free_bytes']:,} bytes are free, [mirror] min_free is {document['min_free']:,}"
-    return found
+    if not expiring:
+        return None
+    first = expiring[0]
+    return (
+        f"{len(expiring)} checkpoints end within 24 h and are not copied, first {first['tinker_path']} "
+        f"at {first['expires_at']}"
+    )
+
+
+def _lost(document: Mapping[str, Any]) -> str | None:
+    lost = document["lost"]
+    return f"{len(lost)} checkpoints ended before they were copied, as {lost[-1]['tinker_path']}" if lost else None
+
+
+def _silence(last: Mapping[str, Any], now: datetime, silence: timedelta, begun_at: datetime | None) -> str | None:
+    listed = last.get("listed_at")
+    since = parse_time(listed) if listed else begun_at
+    if since is None or now - since <= silence:
+        return None
+    why = f"; the last try ended with: {last['service_error']}" if last.get("service_error") else ""
+    return f"the account was last listed completely at {since:%Y-%m-%d %H:%M} UTC{why}"

@@ -40,12 +40,14 @@ from tinker_sync.errors import (
 from tinker_sync.model.checkpoint import Listing
 from tinker_sync.model.events import Event
 from tinker_sync.model.moments import rfc3339
+from tinker_sync.model.news import News
 from tinker_sync.model.work import Failure, Skip, Trouble
 from tinker_sync.planning import (
     NOT_SERVED_RETRY,
     Selection,
     ServedRecord,
     TransferPlan,
+    is_short_lived,
     plan_transfers,
     retry_delay,
     to_rescue,
@@ -85,6 +87,10 @@ SERVER_PAUSES: Final = 3
 LONGEST_PAUSE: Final = 900.0
 """Seconds; how long a service waits at most before it asks a server in trouble again."""
 _SUCCESS_NOTED_EVERY: Final = timedelta(hours=1)
+_LOOP_MOST: Final = 600.0
+"""Seconds within which the loop of transfers comes round."""
+_SETTLE_LOOK: Final = 120.0
+"""Seconds between two looks, without a listing, at whether rolling saves have settled."""
 _ANSWER_HOLDS: Final = 5.0
 """Seconds for which one answer to "does the service work?" is good."""
 
@@ -122,6 +128,9 @@ class PassResult:
     bytes: int = 0
     seconds: float = 0.0
     service_error: str | None = None
+    credential_refused: bool = False
+    no_room: int = 0
+    """Transfers that `[mirror] max_bytes` has no room for."""
 
     @property
     def exit_code(self) -> int:
@@ -222,8 +231,17 @@ class Mirror:
         self._rate: float | None = None
         self._listed: tuple[float, Listing | Sighting] | None = None
         self._listed_at = float("-inf")
+        self._shown = PassResult()
+        """The last poll that was finished, for those who look meanwhile."""
+        self._replan_at = float("-inf")
+        self._news = News()
+        self.proven_at: datetime | None = None
+        """When the account was last listed completely."""
+        self.remarks: dict[str, object] = {}
+        """What `status` should know of the service besides."""
         self.retention_due = False
         """Whether a proven listing came since retention ran: a look at one page is no reason to run it, and list, again."""
+        self._beat: Callable[[float], None] = _unheard
         self._patient = False
         """A service waits for a server in trouble; a command gives up after a while."""
         self.result = PassResult(enforced=enforcer.result)
@@ -243,8 +261,10 @@ class Mirror:
                 polling.cancel()
             if self.result.service_error is None:
                 await self._retain_after_copying()
+            await self._note_lost(await self._index(self._catalog.known))
         except ServiceTrouble as error:
             self.result.service_error = str(error)
+            self.result.credential_refused = isinstance(error, CredentialMissing | CredentialRefused)
             raise
         except BaseExceptionGroup as several:
             raise first_of(several) from None
@@ -253,8 +273,12 @@ class Mirror:
             await self._save_pass()
         return self.result
 
-    async def serve(self) -> None:
-        """Transfer whatever polls put into the queue, until this is cancelled. Raises TinkerSyncError for a broken disk."""
+    async def serve(self, beat: Callable[[float], None]) -> None:
+        """Transfer whatever polls put into the queue, until this is cancelled.
+
+        `beat` hears, again and again, within how many seconds it will hear from this loop again.
+        """
+        self._beat = beat
         self._served = await self._index(self._catalog.served)
         if not self._rows:  # until the first listing: what the last one showed
             self._rows = {row.path: row for row in await self._index(self._catalog.listed)}
@@ -267,29 +291,56 @@ class Mirror:
         Raises ServiceTrouble.
         """
         begun = self._clock.monotonic()
-        if begun - self._listed_at < self._settings.full_interval and len(self._rows) > self._settings.small_account:
+        if begun - self._listed_at < self._settings.full_interval and self.is_large:
             await self._peek()
-            return self.result
-        self.result = PassResult(enforced=self._enforcer.renew())
+            return self._shown
+        self.result = PassResult(enforced=self._enforcer.result)
         try:
             await self._poll()
             if self.result.complete:
                 self._listed_at = begun
                 self.retention_due = True
-        except ServiceTrouble as error:
+        except TinkerSyncError as error:
             self.result.service_error = str(error)
+            self.result.credential_refused = isinstance(error, CredentialMissing | CredentialRefused)
             raise
+        else:
+            self._shown = self.result
         finally:
             self.result.seconds = self._clock.monotonic() - begun
-            await self._save_pass()
+            await self._save_pass(keep_enforced=True)
             self._changed.set()
         return self.result
 
     async def retain(self) -> None:
         """Retention of the service, beside polls and transfers. Raises nothing that a later pass can mend."""
         self.retention_due = False
-        await self._retain_after_copying()
+        enforced = self.result.enforced = self._enforcer.renew()
+        try:
+            await self._retain(apply=self._settings.enforce)
+        except ServiceTrouble as trouble:  # the polls tell of it
+            log.warning("retention.interrupted", error=str(trouble))
+        except TinkerSyncError as trouble:
+            enforced.error = str(trouble)
+            if self._news.is_new("retention", enforced.error):
+                log.error("retention.failed", error=enforced.error)  # noqa: TRY400 - told in words
+        else:
+            self._news.over("retention")
         await self._save_enforced()
+
+    @property
+    def is_large(self) -> bool:
+        """Whether most polls look at one page, and a listing comes every `full_interval`."""
+        return len(self._rows) > self._settings.small_account
+
+    def replan(self) -> None:
+        """The next poll decides anew even if it brings no news: something here was found damaged."""
+        self._replan_at = float("-inf")
+
+    @property
+    def shown(self) -> PassResult:
+        """What the last poll that was finished came to."""
+        return self._shown
 
     @property
     def rows(self) -> Mapping[TinkerPath, Checkpoint]:
@@ -299,7 +350,7 @@ class Mirror:
     @property
     def skipped(self) -> Mapping[TinkerPath, str]:
         """What the last pass did not copy, for a stated reason that is no failure."""
-        return self.result.skipped
+        return self._shown.skipped
 
     def explain(
         self, rows: Mapping[TinkerPath, Checkpoint], replicas: Mapping[TinkerPath, Replica], now: datetime
@@ -316,7 +367,7 @@ class Mirror:
         """Go on by other settings: from the next poll, and for transfers that start from now on."""
         self._settings = settings
         self._enforcer.configure(enforcement)
-        self._listed_at = float("-inf")
+        self._listed_at = self._replan_at = float("-inf")
         self._changed.set()
 
     async def _peek(self) -> None:
@@ -327,17 +378,13 @@ class Mirror:
             known = self._rows.get(row.path)
             if known is None or not known.identity.matches(row.identity):
                 fresh.append(row)
-        if not fresh:
-            return
-        await self._index(lambda: self._catalog.observe(fresh, found.seen_at, complete=False))
-        known_here = await self._index(self._catalog.known)
-        plan = plan_transfers(
-            fresh, known_here, self._settings.selection, now=self._clock.now(), bytes_per_second=self._rate
-        )
-        self._rows = self._rows | {row.path: row for row in fresh}
-        shown = {row.path for row in fresh}
-        self._offer([*plan.transfers, *(waiting for waiting in self._queue.pending() if waiting.path not in shown)])
-        self._changed.set()
+        if fresh:
+            await self._index(lambda: self._catalog.observe(fresh, found.seen_at, complete=False))
+            self._rows = self._rows | {row.path: row for row in fresh}
+        if fresh or self._clock.monotonic() >= self._replan_at:
+            everything = replace(found, checkpoints=tuple(self._rows.values()))
+            await self._plan(everything, await self._index(self._catalog.known))
+            self._changed.set()
 
     async def fetch(self, paths: Sequence[TinkerPath]) -> PassResult:
         """Transfer exactly these now, whatever selection and back-off say.
@@ -367,7 +414,7 @@ class Mirror:
                 result.transferred.append(path)
                 result.bytes += size
             elif kind == "failed":
-                result.failed[path] = (detail, None)
+                result.failed[path] = (detail, self._retry_at(path))
             else:
                 result.skipped[path] = detail
         result.seconds = self._clock.monotonic() - begun
@@ -378,7 +425,8 @@ class Mirror:
         known = await self._index(self._catalog.known)
         for run_id in dict.fromkeys(path.run_id for path in paths):
             with suppress(NotFound):
-                self._rows = self._rows | {row.path: row for row in await self._account.look(run_id)}
+                shown = await self._account.look(run_id)
+                self._rows = self._rows | {row.path: row for row in shown}  # as they are now, after the answer
         wanted: list[Checkpoint] = []
         for path in dict.fromkeys(paths):
             row = self._rows.get(path)
@@ -407,6 +455,10 @@ class Mirror:
         self._offer([waiting for waiting in self._queue.pending() if waiting.path not in self._asked_for])
         return outcomes
 
+    def _retry_at(self, path: TinkerPath) -> str | None:
+        failure = self._failures.get(path)
+        return None if failure is None else rfc3339(failure.retry_at.replace(microsecond=0))
+
     def _offer(self, transfers: Sequence[Transfer]) -> None:
         """What is to be done now, behind what somebody asked for."""
         asked = self._asked_for
@@ -424,6 +476,7 @@ class Mirror:
         begun = self._clock.monotonic()
         try:
             self._note_listing(await self._survey())
+            await self._note_lost(await self._index(self._catalog.known))
             try:
                 await self._retain(apply=True, allow=allow)
             except ServiceTrouble as error:  # what was done before is told
@@ -455,7 +508,7 @@ class Mirror:
         with suppress(TinkerSyncError):
             before = await self._index(self._catalog.last_pass) or _summary(self.result, self._clock.now())
             now = _summary(self.result, self._clock.now())
-            changed = {key: now[key] for key in ("deleted", "due", "due_bytes", "breaker")}
+            changed = {key: now[key] for key in _ENFORCED}
             await self._index(lambda: self._catalog.save_pass({**before, **changed}))
 
     async def _survey(self) -> Listing | Sighting:
@@ -484,10 +537,14 @@ class Mirror:
 
     async def _poll(self) -> None:
         found = await self._survey()
-        now = self._clock.now()
-        complete = isinstance(found, Listing)
         known = await self._index(self._catalog.known)
         self._note_listing(found)
+        await self._note_lost(known)
+        await self._plan(found, known)
+
+    async def _plan(self, found: Listing | Sighting, known: Known) -> None:
+        """Decide by what was shown what waits for transfer; a poll by one page comes with all that is known."""
+        now, complete = self._clock.now(), isinstance(found, Listing)
         planning = partial(
             plan_transfers, found.checkpoints, known, self._settings.selection, now=now, bytes_per_second=self._rate
         )
@@ -497,6 +554,7 @@ class Mirror:
             rows = to_rescue(plan, found.checkpoints, now=now, bytes_per_second=self._rate, refuses=refuses)
             with _no_reason_not_to_copy():
                 await self._enforcer.rescue(rows)
+        self._replan_at = self._clock.monotonic() + _seconds_until_news(plan, known, now)
         shown = {checkpoint.path: checkpoint for checkpoint in found.checkpoints}
         unseen = [] if complete else [waiting for waiting in self._queue.pending() if waiting.path not in shown]
         self._rows = shown if complete else self._rows | shown
@@ -530,18 +588,42 @@ class Mirror:
                 continue
             left = None if left is None else left - size
             fitting.append(transfer)
-        if len(fitting) < len(wanted):
-            log.error("mirror.full", refused=len(wanted) - len(fitting), why=_NO_ALLOWANCE)
+        self.result.no_room = len(wanted) - len(fitting)
+        if not self.result.no_room:
+            self._news.over("room")
+        elif self._news.is_new("room", "full"):
+            log.error("mirror.full", refused=self.result.no_room, why=_NO_ALLOWANCE)
         return replace(plan, transfers=tuple(fitting), skipped=(*plan.skipped, *skipped))
 
     def _note_listing(self, found: Listing | Sighting) -> None:
         if isinstance(found, Listing):
             self.result.listed, self.result.complete, self.result.doubts = len(found.checkpoints), True, ()
+            self.proven_at = found.seen_at
+            self._news.over("listing")
             return
-        for doubt in found.doubts:
-            log.warning("listing.unproven", doubt=doubt)
+        if self._news.is_new("listing", "; ".join(found.doubts)):
+            for doubt in found.doubts:
+                log.warning("listing.unproven", doubt=doubt)
         if not self.result.complete:  # a later doubt takes nothing from a proof
             self.result.listed, self.result.doubts = len(found.checkpoints), found.doubts
+
+    async def _note_lost(self, known: Known) -> None:
+        """What a proven listing no longer has, was wanted, and ran out before it was copied: that is a loss."""
+        now, gone = self._clock.now(), self._enforcer.take_gone()
+        lost = []
+        for row in gone:
+            replica = known.replicas.get(row.path)
+            here = replica is not None and replica.identity.matches(row.identity)
+            wanted = self._settings.selection.refusal(row.path) is None
+            ended = row.expires_at is not None and row.expires_at <= now
+            if ended and wanted and not here and not is_short_lived(row, known, self._settings.selection.short_ttl):
+                lost.append(row)
+        for row in lost:
+            log.error("checkpoint.lost", checkpoint=str(row.path), error="it ended upstream before it was copied")
+            self._reporter.happened(Event("failed", row.path, {"error": "it ended upstream before it was copied"}))
+        if lost:
+            ended_at = [(row.path, row.expires_at or now) for row in lost]
+            await self._remember(partial(self._catalog.add_lost, ended_at))
 
     def _note_plan(self, plan: TransferPlan) -> None:
         for skip in plan.skipped:
@@ -565,6 +647,7 @@ class Mirror:
                 while forever or self._running or self._queue.pending():
                     self._changed.clear()
                     await self._start_what_may(group)
+                    self._beat(_LOOP_MOST)
                     if forever or self._running or self._queue.pending():
                         await self._wait_for_change()
         except BaseExceptionGroup as several:
@@ -594,7 +677,8 @@ class Mirror:
         if pause > 0:
             due = max(pause, due or 0.0)
         waiting = asyncio.ensure_future(self._changed.wait())
-        waking = asyncio.ensure_future(self._clock.sleep(3600.0 if due is None else due + 0.01))
+        longest = _LOOP_MOST / 2
+        waking = asyncio.ensure_future(self._clock.sleep(longest if due is None else min(longest, due + 0.01)))
         try:
             await asyncio.wait([waiting, waking], return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -635,7 +719,7 @@ class Mirror:
         except TinkerSyncError as error:
             await self._after(transfer, effort, error)
         except Exception as error:  # noqa: BLE001 - a bug met by one checkpoint must not stop the others
-            await self._after(transfer, effort, _as_bug(error))
+            await self._after(transfer, effort, as_bug(error))
         except BaseException:
             self._queue.done(transfer)
             raise
@@ -747,6 +831,8 @@ class Mirror:
             self._pauses <= SERVER_PAUSES and not isinstance(error, CredentialMissing | CredentialRefused)
         ):
             self._queue.defer(transfer, max(0.0, self._paused_until - now))
+            if self._patient and transfer.path in self._waiters:
+                self._over(transfer.path, "failed", f"{error}; it goes on trying", 0)
             return
         self.result.service_error = str(error)
         self._queue.done(transfer)
@@ -796,9 +882,10 @@ class Mirror:
         before = self._failures.get(transfer.path)
         known_before = before is not None and before.identity.matches(transfer.identity)
         attempts = before.attempts + 1 if before is not None and known_before else 1
-        if isinstance(error, NoSpace | DiskTrouble):
-            attempts = 1
-        delay = retry_delay(attempts, expires_at=transfer.expires_at, now=now, jitter=self._jitter())
+        waits = (
+            1 if isinstance(error, NoSpace | DiskTrouble) else attempts
+        )  # room comes back from one moment to the next
+        delay = retry_delay(waits, expires_at=transfer.expires_at, now=now, jitter=self._jitter())
         defects = tuple(str(defect) for defect in error.defects) if isinstance(error, Defective) else ()
         quarantine = error.quarantine if isinstance(error, Defective) else ""
         failure = Failure(
@@ -838,12 +925,15 @@ class Mirror:
         except TinkerSyncError as error:
             log.error("catalog.trouble", error=str(error))  # noqa: TRY400 - told in words
 
-    async def _save_pass(self) -> None:
+    async def _save_pass(self, *, keep_enforced: bool = False) -> None:
+        """For `status`. A service's polls say nothing of retention, which runs beside them."""
         with suppress(TinkerSyncError):
             before = await self._index(self._catalog.last_pass) or {}
-            now = _summary(self.result, self._clock.now())
+            now = {**_summary(self.result, self._clock.now()), **self.remarks}
             if not self.result.complete:
                 now["listed_at"] = before.get("listed_at")
+            if keep_enforced:
+                now |= {key: before[key] for key in _ENFORCED if key in before}
             await self._index(lambda: self._catalog.save_pass(now))
 
     async def _index(self, work: Callable[[], T]) -> T:
@@ -861,7 +951,8 @@ def _no_reason_not_to_copy() -> Iterator[None]:
 
 def failed_pass(error: ServiceTrouble, before: Mapping[str, object] | None) -> dict[str, object]:
     """What `status` is to say of a pass that could not even begin, after the pass `before`."""
-    now = _summary(PassResult(service_error=str(error)), datetime.now(UTC))
+    refused = isinstance(error, CredentialMissing | CredentialRefused)
+    now = _summary(PassResult(service_error=str(error), credential_refused=refused), datetime.now(UTC))
     return {**now, "listed_at": (before or {}).get("listed_at")}
 
 
@@ -878,13 +969,33 @@ def _summary(result: PassResult, now: datetime) -> dict[str, object]:
         "due": result.enforced.due_remote,
         "due_bytes": result.enforced.due_bytes,
         "breaker": None if result.enforced.breaker is None else result.enforced.breaker.as_json(),
+        "over_bytes": result.enforced.over_bytes,
+        "retention_error": result.enforced.error,
+        "no_room": result.no_room,
         "bytes": result.bytes,
         "seconds": round(result.seconds, 3),
         "service_error": result.service_error,
+        "credential_refused": result.credential_refused,
     }
 
 
-def _as_bug(error: Exception) -> TransferFailed:
+_ENFORCED: Final = ("deleted", "due", "due_bytes", "breaker", "over_bytes", "retention_error")
+"""What of a summary retention says."""
+
+
+def _seconds_until_news(plan: TransferPlan, known: Known, now: datetime) -> float:
+    """When the same rows would give another plan: a retry is due, or a rolling save has settled."""
+    waits = [(failure.retry_at - now).total_seconds() for failure in plan.waiting]
+    if any(path not in known.replicas for path in plan.short_lived):
+        waits.append(_SETTLE_LOOK)
+    return max(1.0, min(waits, default=float("inf")))
+
+
+def _unheard(seconds: float) -> None:
+    """Nobody watches this loop."""
+
+
+def as_bug(error: Exception) -> TransferFailed:
     """An error that nobody foresaw, without its text: that could hold a URL."""
     return TransferFailed(f"internal error {type(error).__name__} at {place_of(error)}: please report it")
 
@@ -895,3 +1006,17 @@ def first_of(several: BaseExceptionGroup[BaseException]) -> BaseException:
     while isinstance(found, BaseExceptionGroup):
         found = found.exceptions[0]
     return found
+
+
+def not_repaired(damaged: Sequence[Replica], outcome: PassResult, known: Known) -> dict[TinkerPath, str]:
+    """Of damaged replicas that were fetched again, which still are, and why. Somebody else may have been quicker."""
+    failed: dict[TinkerPath, str] = {}
+    for replica in damaged:
+        path, now = replica.path, known.replicas.get(replica.path)
+        if path in outcome.failed:
+            failed[path] = outcome.failed[path][0]
+        elif now is None or now.damaged:
+            failed[path] = outcome.skipped.get(path, "it was not served")
+        elif not now.identity.matches(replica.identity):
+            failed[path] = "upstream is another object now: copied as new, this one kept aside"
+    return failed

@@ -363,6 +363,14 @@ class Catalog(Protocol):
         """Another number after every change of replicas, failures, deeds or what is listed."""
         ...
 
+    def add_lost(self, lost: Sequence[tuple[TinkerPath, datetime]]) -> None:
+        """These ended upstream, then, before they were copied."""
+        ...
+
+    def lost(self) -> Sequence[tuple[TinkerPath, datetime]]:
+        """What ended so, the last of it."""
+        ...
+
     def told(self) -> Mapping[str, Any]:
         """What people were told of, as JSON."""
         ...

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from tinker_sync.errors import TinkerSyncError
 from tinker_sync.integrity import judge_read_back
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Executor
 
     from tinker_sync.model.evidence import Defect
+    from tinker_sync.model.paths import TinkerPath
     from tinker_sync.model.work import Replica
     from tinker_sync.ports import Catalog, Clock, Destination
 
@@ -109,3 +111,15 @@ class Scrubber:
 
     def _look(self, replica: Replica, advanced: Callable[[int], None]) -> tuple[Defect, ...]:
         return judge_read_back(replica, self._destination.read(replica.directory, advanced))
+
+
+def choose(replicas: Sequence[Replica], paths: Sequence[TinkerPath]) -> Sequence[Replica]:
+    """Those that are named, or all of them. Raises TinkerSyncError for what is not here."""
+    if not paths:
+        return replicas
+    wanted, here = set(paths), {replica.path for replica in replicas}
+    missing = [str(path) for path in paths if path not in here]
+    if missing:
+        message = f"not here: {', '.join(missing)}; see `tinker-sync ls`"
+        raise TinkerSyncError(message)
+    return [replica for replica in replicas if replica.path in wanted]

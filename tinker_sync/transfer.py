@@ -71,13 +71,12 @@ class Transferrer:
         facts = asyncio.create_task(self._account.facts(transfer.path))
         try:
             acquired = await self._acquire(transfer, checkpoint.listed_id, intake)
-            if acquired.defects:
-                raise Defective(acquired.defects)
+            _check(acquired)
             committed = await self._finish(transfer, checkpoint, acquired, intake, await facts, repairs)
         except TinkerSyncError as error:
             self._reporter.ended(transfer, str(error))
             raise
-        except asyncio.CancelledError:
+        except BaseException:
             self._reporter.ended(transfer, "stopped")
             raise
         else:
@@ -190,6 +189,11 @@ class Transferrer:
             weights_info=facts.weights_info,
             claims={body: claim.as_json() for body, claim in acquired.claims.items() if claim.as_json()},
         )
+
+
+def _check(acquired: Acquired) -> None:
+    if acquired.defects:
+        raise Defective(acquired.defects)
 
 
 class _Intake:

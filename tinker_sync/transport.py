@@ -708,7 +708,10 @@ class Pinger:
             async with asyncio.timeout(20.0):
                 response = await self._client.send(self._client.build_request("GET", url), stream=True)
                 await _close(response)
-        except (httpx.HTTPError, httpx.InvalidURL, aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
+        except (httpx.InvalidURL, ValueError):
+            message = "the heartbeat URL is none"
+            raise errors.Unreachable(message) from None
+        except (httpx.HTTPError, aiohttp.ClientError, OSError, TimeoutError) as error:
             message = f"the heartbeat URL cannot be reached ({_reason(error)})"
             raise errors.Unreachable(message) from None
         if not response.is_success:

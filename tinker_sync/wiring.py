@@ -31,8 +31,9 @@ from tinker_sync.destination.local import Custody, LocalTree, TreeOptions
 from tinker_sync.destination.lock import RootLock, control_of
 from tinker_sync.destination.mounts import is_mount_point, is_network
 from tinker_sync.destination.root import STATE_DIRECTORY, RootFacts, prepare_root, read_facts
-from tinker_sync.destination.safeguards import FileSafeguards, read_pins, read_stop
-from tinker_sync.destination.space import SpaceLedger, free_bytes
+from tinker_sync.destination.safeguards import FileSafeguards, read_pins
+from tinker_sync.destination.space import SpaceLedger
+from tinker_sync.destination.surroundings import look_around
 from tinker_sync.enforcement import EnforcementSettings, Enforcer
 from tinker_sync.errors import ConfigInvalid, DiskTrouble, TinkerSyncError, WrongRoot
 from tinker_sync.inventory import Holdings, pin_matcher
@@ -40,11 +41,10 @@ from tinker_sync.journal import Journal, end_of, last_events, read_events
 from tinker_sync.model.events import EVENT_KINDS
 from tinker_sync.model.moments import rfc3339
 from tinker_sync.model.work import Damage, Replica
-from tinker_sync.notify import alarms
 from tinker_sync.notify.hooks import Hooks
 from tinker_sync.notify.messages import Messenger, open_channels
-from tinker_sync.overview import Surroundings, overview, take_stock
-from tinker_sync.overview import alarms as alarms_of
+from tinker_sync.notify.telling import Telling
+from tinker_sync.overview import Surroundings, alarms, overview, take_stock
 from tinker_sync.passes import EngineSettings, Mirror
 from tinker_sync.planning import Selection
 from tinker_sync.queue import MemoryQueue
@@ -55,18 +55,19 @@ from tinker_sync.transport import ApiTransport, StorageTransport
 from tinker_sync.web.views import ViewSettings
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+    from collections.abc import AsyncIterator, Callable, Iterator
 
     from tinker_sync.config import LocalPolicy, RemotePolicy, Settings
     from tinker_sync.model.deeds import Deed
     from tinker_sync.model.work import Trashed
-    from tinker_sync.overview import Alarm
     from tinker_sync.ports import Clock, Reporter
 
 log = structlog.get_logger()
 USER_AGENT: Final = f"tinker-sync/{__version__}"
 CATALOG_FILE: Final = "catalog.db"
 LOCK_FILE: Final = "lock"
+LEAST_TOKEN: Final = 16
+"""Characters of `[status] token_file`."""
 
 
 class SystemClock:
@@ -83,6 +84,9 @@ class SystemClock:
     async def sleep(self, seconds: float) -> None:
         """Wait."""
         await asyncio.sleep(seconds)
+
+
+SYSTEM_CLOCK: Final = SystemClock()
 
 
 class Silent:
@@ -149,74 +153,44 @@ async def open_service(
         yield Service(transport, RestClient(transport), credentials)
 
 
-SYSTEM_CLOCK: Final = SystemClock()
+@dataclass(frozen=True, slots=True)
+class Listeners:
+    """Whoever is told: programs, people, and the heartbeat."""
 
-
-class Telling:
-    """Hooks, notifications and the heartbeat of one mirror."""
-
-    def __init__(self, hooks: Hooks, messenger: Messenger, catalog: SqlCatalog, settings: Settings) -> None:
-        self.hooks = hooks
-        self._messenger = messenger
-        self._catalog = catalog
-        self._on: frozenset[str] = frozenset(settings.notify.on)
-        self._who = f"tinker-sync on {socket.gethostname()}"
+    hooks: Hooks
+    messenger: Messenger
+    telling: Telling
 
     def configure(self, settings: Settings) -> None:
         """Go on by other settings. Raises ConfigInvalid, and then nothing has changed."""
-        urls, heartbeat = _channels(settings)
-        self._messenger.configure(urls, heartbeat)
+        self.messenger.configure(*_channels(settings))
         self.hooks.configure(_programs(settings), timeout=settings.hooks.timeout.total_seconds())
-        self._on = frozenset(settings.notify.on)
-
-    def proven(self) -> None:
-        """There was a proven listing."""
-        self._messenger.alive()
-
-    def tell(self, found: Mapping[Alarm, str], now: datetime) -> None:
-        """Tell people what is new of these alarms, and what is over. Blocking: it looks at what was said before.
-
-        Raises CatalogUnusable.
-        """
-        told = alarms.from_json(self._catalog.told())
-        wanted: dict[str, str] = {kind: text for kind, text in found.items() if kind in self._on}
-        messages, after = alarms.next_messages(told, wanted, now=now, who=self._who)
-        if messages:
-            self._catalog.save_told(alarms.as_json(after))
-        for message in messages:
-            self._messenger.send(message)
+        self.telling.configure(settings.notify.on)
 
 
 @asynccontextmanager
-async def open_telling(settings: Settings, root: OpenRoot, *, patience: float | None = None) -> AsyncIterator[Telling]:
+async def open_listeners(
+    settings: Settings, root: OpenRoot, *, patience: float | None = None
+) -> AsyncIterator[Listeners]:
     """Whoever is to be told. At the end what is queued is waited for, at most `patience` seconds where that is given.
 
     Raises ConfigInvalid.
     """
-    urls, heartbeat = _channels(settings)
-    hooks = Hooks(
-        _programs(settings), timeout=settings.hooks.timeout.total_seconds(), root=str(settings.root), patience=patience
-    )
-    messenger = Messenger(urls, heartbeat, user_agent=USER_AGENT, patience=patience)
+    timeout = settings.hooks.timeout.total_seconds()
+    hooks = Hooks(_programs(settings), timeout=timeout, root=str(settings.root), patience=patience)
+    messenger = Messenger(*_channels(settings), user_agent=USER_AGENT, patience=patience)
+    who = f"tinker-sync on {socket.gethostname()}"
     async with messenger, hooks:
-        yield Telling(hooks, messenger, root.catalog, settings)
+        yield Listeners(hooks, messenger, Telling(messenger, root.catalog, on=settings.notify.on, who=who))
 
 
-def tell_alarms(settings: Settings, root: OpenRoot, telling: Telling) -> None:
-    """After a single pass: what people should know of, and what is over. Trouble here is only logged. Blocking."""
+async def tell_alarms(settings: Settings, root: OpenRoot, telling: Telling) -> None:
+    """After a single pass: what people should know of, and what is over. Trouble here is only logged."""
     now = SYSTEM_CLOCK.now()
     try:
-        stop_reason, trash, free = surroundings(settings)
-        around = Surroundings(
-            root=str(settings.root),
-            enforce=settings.retention.enforce,
-            stop_reason=stop_reason,
-            trash=trash,
-            free_bytes=free,
-            min_free=int(settings.mirror.min_free),
-        )
-        document = overview(take_stock(root.catalog, selection(settings)), around, now=now)
-        telling.tell(alarms_of(document, now=now), now)
+        stock = take_stock(root.catalog, selection(settings))
+        document = overview(stock, surroundings(settings), now=now)
+        await telling.tell(alarms(document, now=now, silence=settings.notify.silence), now)
     except TinkerSyncError as error:
         log.warning("alarms.unknown", error=str(error))
 
@@ -261,18 +235,14 @@ def read_token(settings: Settings) -> str | None:
     return token
 
 
-LEAST_TOKEN: Final = 16
-
-
-def surroundings(settings: Settings) -> tuple[str | None, int, int | None]:
-    """The stop flag's reason, entries of the trash, and free bytes: what the catalog does not know."""
-    free = None
-    with suppress(OSError):
-        free = free_bytes(settings.root)
-    trash = 0
-    with suppress(OSError):
-        trash = len(os.listdir(settings.root / STATE_DIRECTORY / "trash"))  # noqa: PTH208 - a count is all
-    return read_stop(settings.state), trash, free
+def surroundings(settings: Settings) -> Surroundings:
+    """What the catalog does not know. Blocking."""
+    return Surroundings(
+        root=str(settings.root),
+        enforce=settings.retention.enforce,
+        min_free=int(settings.mirror.min_free),
+        **look_around(settings.root, settings.state),
+    )
 
 
 def read_recent_events(settings: Settings, most: int) -> list[dict[str, Any]]:
@@ -283,10 +253,7 @@ def read_recent_events(settings: Settings, most: int) -> list[dict[str, Any]]:
 def view_settings(settings: Settings) -> ViewSettings:
     """The page's plain arguments."""
     return ViewSettings(
-        root=str(settings.root),
         selection=selection(settings),
-        enforce=settings.retention.enforce,
-        min_free=int(settings.mirror.min_free),
         price_per_gb_month=settings.retention.price_per_gb_month,
     )
 

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from tinker_sync.planning import Known
 
 _AT_A_TIME = 10_000
+_LOST_KEPT = 1000
 
 
 class CatalogUnusable(TinkerSyncError):
@@ -122,18 +123,19 @@ class SqlCatalog:
         changes: list[Callable[[Memory], None]] = []
         try:
             with self._turn:
-                with self._engine.begin() as connection:
-                    yield connection, changes
+                try:
+                    with self._engine.begin() as connection:
+                        yield connection, changes
+                except BaseException:
+                    self._memory = self._deeds = None  # whatever was written of it or not: it is read again
+                    raise
                 if changes:
                     self._generation += 1
                 if self._memory is not None:
                     for change in changes:
                         change(self._memory)
-        except BaseException as error:
-            self._memory = self._deeds = None  # whatever was written of it or not: it is read again
-            if isinstance(error, SQLAlchemyError):
-                raise _unusable(error) from error
-            raise
+        except SQLAlchemyError as error:
+            raise _unusable(error) from error
 
     def _check(self, *, read_only: bool) -> None:
         with self._begin() as connection:
@@ -494,6 +496,18 @@ class SqlCatalog:
         with self._begin() as connection:
             document = _fact(connection, "last_pass")
         return document if isinstance(document, dict) else None
+
+    def add_lost(self, lost: Sequence[tuple[TinkerPath, datetime]]) -> None:
+        """These ended upstream, then, before they were copied."""
+        with self._begin() as connection:
+            before = _fact(connection, "lost") or []
+            _set_fact(connection, "lost", [*before, *([str(path), rfc3339(at)] for path, at in lost)][-_LOST_KEPT:])
+            self._generation += 1
+
+    def lost(self) -> list[tuple[TinkerPath, datetime]]:
+        """What ended so, the last of it."""
+        with self._begin() as connection:
+            return [(TinkerPath.parse(path), parse_time(at)) for path, at in _fact(connection, "lost") or []]
 
     def told(self) -> dict[str, Any]:
         """What people were told of, as JSON."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from contextlib import suppress
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -43,29 +41,15 @@ def status(settings: Settings, *, as_json: bool) -> int:
 
 
 def _surroundings(settings: Settings) -> Any:
-    # `wiring` has the same for the service; importing it would cost `status` half of its time.
-    from tinker_sync.destination.safeguards import read_stop  # noqa: PLC0415
-    from tinker_sync.destination.space import free_bytes  # noqa: PLC0415
+    from tinker_sync.destination.surroundings import look_around  # noqa: PLC0415
     from tinker_sync.overview import Surroundings  # noqa: PLC0415
 
-    free = None
-    with suppress(OSError):
-        free = free_bytes(settings.root)
     return Surroundings(
         root=str(settings.root),
         enforce=settings.retention.enforce,
-        stop_reason=read_stop(settings.state),
-        trash=_trash_entries(settings),
-        free_bytes=free,
         min_free=int(settings.mirror.min_free),
+        **look_around(settings.root, settings.state),
     )
-
-
-def _trash_entries(settings: Settings) -> int:
-    try:
-        return len(os.listdir(settings.root / ".tinker-sync" / "trash"))  # noqa: PTH208 - a count is all
-    except OSError:
-        return 0
 
 
 def _selection(settings: Settings) -> Any:

@@ -18,10 +18,10 @@ from tinker_sync.wiring import (
     check_owner,
     open_catalog_for_reading,
     open_enforcer,
+    open_listeners,
     open_mirror,
     open_root,
     open_service,
-    open_telling,
     open_tree_for_reading,
 )
 
@@ -42,8 +42,8 @@ async def prune(settings: Settings, *, apply: bool, allow: int | None, as_json: 
         await service.credentials.headers()
         with open_root(settings, command="prune", account=service.credentials.account) as root:
             async with (
-                open_telling(settings, root) as telling,
-                open_mirror(settings, service, root, telling.hooks, command="prune") as mirror,
+                open_listeners(settings, root) as listeners,
+                open_mirror(settings, service, root, listeners.hooks, command="prune") as mirror,
             ):
                 result = await mirror.prune(allow=allow)
     if as_json:
@@ -69,8 +69,8 @@ async def remove(
         await service.credentials.headers()
         with open_root(settings, command=command, account=service.credentials.account) as root:
             async with (
-                open_telling(settings, root) as telling,
-                open_enforcer(settings, service, root, telling.hooks, command=command) as enforcer,
+                open_listeners(settings, root) as listeners,
+                open_enforcer(settings, service, root, listeners.hooks, command=command) as enforcer,
             ):
                 found = await enforcer.survey()
                 row = next((row for row in found.checkpoints if row.path == path), None)

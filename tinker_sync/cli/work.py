@@ -11,17 +11,18 @@ from typing import TYPE_CHECKING, Any
 from tinker_sync.activity import Reporters
 from tinker_sync.cli import render
 from tinker_sync.cli.handover import Relay, hand_over
-from tinker_sync.errors import ServiceTrouble, TinkerSyncError
+from tinker_sync.errors import ServiceTrouble
 from tinker_sync.model.paths import TinkerPath
-from tinker_sync.passes import PassResult, failed_pass
+from tinker_sync.passes import PassResult, failed_pass, not_repaired
+from tinker_sync.scrub import choose
 from tinker_sync.wiring import (
     control_of_holder,
     make_scrubber,
     open_catalog_for_reading,
+    open_listeners,
     open_mirror,
     open_root,
     open_service,
-    open_telling,
     open_tree_for_reading,
     tell_alarms,
 )
@@ -47,17 +48,18 @@ async def sync(settings: Settings, reporter: Reporter, *, as_json: bool) -> int:
     async with open_service(settings) as service:
         refused = await _credential_trouble(service)
         with open_root(settings, command="sync", account=service.credentials.account) as root:
-            if refused is not None:
-                root.catalog.save_pass(failed_pass(refused, root.catalog.last_pass()))
-                raise refused
-            async with open_telling(settings, root) as telling:
-                async with open_mirror(settings, service, root, Reporters([reporter, telling.hooks])) as mirror:
+            async with open_listeners(settings, root) as listeners:
+                if refused is not None:
+                    root.catalog.save_pass(failed_pass(refused, root.catalog.last_pass()))
+                    await tell_alarms(settings, root, listeners.telling)
+                    raise refused
+                async with open_mirror(settings, service, root, Reporters([reporter, listeners.hooks])) as mirror:
                     try:
                         result = await mirror.sync()
                     finally:
-                        tell_alarms(settings, root, telling)
+                        await tell_alarms(settings, root, listeners.telling)
                 if result.complete:
-                    telling.proven()
+                    listeners.messenger.alive()
     return _tell(result, as_json=as_json)
 
 
@@ -80,8 +82,8 @@ async def fetch(settings: Settings, paths: Sequence[TinkerPath], reporter: Repor
         await service.credentials.headers()
         with open_root(settings, command="fetch", account=service.credentials.account) as root:
             async with (
-                open_telling(settings, root) as telling,
-                open_mirror(settings, service, root, Reporters([reporter, telling.hooks])) as mirror,
+                open_listeners(settings, root) as listeners,
+                open_mirror(settings, service, root, Reporters([reporter, listeners.hooks])) as mirror,
             ):
                 result = await mirror.fetch(paths)
     return _tell(result, as_json=as_json)
@@ -153,7 +155,7 @@ async def verify(
     if not repair:
         tree = open_tree_for_reading(settings)
         with open_catalog_for_reading(settings) as catalog:
-            result = await _scrub(tree, catalog, _chosen(catalog, paths), record=False)
+            result = await _scrub(tree, catalog, choose(catalog.replicas(), paths), record=False)
         return _tell_verified(result, [], {}, as_json=as_json)
     control = control_of_holder(settings)
     if control is not None:
@@ -161,25 +163,19 @@ async def verify(
         return _tell_handed_over(answer, as_json=as_json)
     async with open_service(settings) as service:
         with open_root(settings, command="verify --repair") as root:
-            replicas = _chosen(root.catalog, paths)
+            replicas = choose(root.catalog.replicas(), paths)
             result = await _scrub(root.tree, root.catalog, replicas, record=True)
             current = [replica for replica, _ in result.damaged.values() if not replica.superseded]
             repaired: list[TinkerPath] = []
             failed: dict[TinkerPath, str] = {}
             if current:
                 async with (
-                    open_telling(settings, root) as telling,
-                    open_mirror(settings, service, root, Reporters([reporter, telling.hooks])) as mirror,
+                    open_listeners(settings, root) as listeners,
+                    open_mirror(settings, service, root, Reporters([reporter, listeners.hooks])) as mirror,
                 ):
                     outcome = await mirror.fetch([replica.path for replica in current])
-                failed = {path: error for path, (error, _) in outcome.failed.items()}
-                for replica in current:
-                    if replica.path in failed or replica.path not in outcome.transferred:
-                        continue
-                    if root.tree.manifest(replica.directory).identity == replica.identity:
-                        repaired.append(replica.path)
-                    else:
-                        failed[replica.path] = "upstream is another object now: copied as new, this one kept aside"
+                failed = not_repaired(current, outcome, root.catalog.known())
+                repaired = [replica.path for replica in current if replica.path not in failed]
     return _tell_verified(result, repaired, failed, as_json=as_json)
 
 
@@ -234,18 +230,6 @@ async def _scrub(tree: LocalTree, catalog: SqlCatalog, replicas: Sequence[Replic
         except asyncio.CancelledError:
             readers.shutdown(wait=False, cancel_futures=True)
             raise
-
-
-def _chosen(catalog: SqlCatalog, paths: Sequence[TinkerPath]) -> list[Replica]:
-    replicas = catalog.replicas()
-    if not paths:
-        return replicas
-    here = {replica.path for replica in replicas}
-    missing = [str(path) for path in paths if path not in here]
-    if missing:
-        message = f"not here: {', '.join(missing)}; see `tinker-sync ls`"
-        raise TinkerSyncError(message)
-    return [replica for replica in replicas if replica.path in set(paths)]
 
 
 def _tell_verified(

@@ -12,7 +12,7 @@ import random
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -35,9 +35,10 @@ from tinker_sync.errors import (
     TinkerSyncError,
 )
 from tinker_sync.model.events import Event
-from tinker_sync.model.moments import parse_time
+from tinker_sync.model.news import News
 from tinker_sync.overview import alarms
-from tinker_sync.passes import first_of
+from tinker_sync.passes import as_bug, first_of, not_repaired
+from tinker_sync.scrub import choose
 from tinker_sync.web.server import StatusSite, listening
 from tinker_sync.web.views import Views
 from tinker_sync.web.words import size, span
@@ -47,10 +48,10 @@ from tinker_sync.wiring import (
     enforcement_settings,
     engine_settings,
     make_scrubber,
+    open_listeners,
     open_mirror,
     open_root,
     open_service,
-    open_telling,
     read_recent_events,
     read_token,
     retention_rules,
@@ -59,7 +60,7 @@ from tinker_sync.wiring import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from tinker_sync.api.credentials import Credentials
@@ -68,9 +69,8 @@ if TYPE_CHECKING:
     from tinker_sync.model.evidence import Defect
     from tinker_sync.model.paths import TinkerPath
     from tinker_sync.model.work import Replica
-    from tinker_sync.overview import Alarm
-    from tinker_sync.passes import Mirror, PassResult
-    from tinker_sync.wiring import OpenRoot, Telling
+    from tinker_sync.passes import Mirror
+    from tinker_sync.wiring import Listeners, OpenRoot
 
 log = structlog.get_logger()
 
@@ -90,10 +90,12 @@ CREDENTIAL_LOOK: Final = 5.0
 """Seconds between two looks at whether a refused credential was replaced."""
 LISTEN_AGAIN: Final = 60.0
 """Seconds until an address that is taken is tried again."""
-LAST_WORDS: Final = 3.0
-"""Seconds that hooks and notifications have at the end."""
+LAST_WORDS: Final = 1.5
+"""Seconds that hooks, and then notifications, have at the end."""
 LATE: Final = timedelta(minutes=5)
-"""An account that was not asked for so long, and for three intervals, is not `ready`."""
+"""A proven listing may be so old, and three intervals, and two full intervals; then the service is not `ready`."""
+ALARM_LOOK: Final = 60.0
+"""Seconds between two looks at the alarms when nothing happened: silence is noticed though a poll hangs."""
 
 
 @dataclass(slots=True)
@@ -122,10 +124,12 @@ class Parts:
     activity: Activity
     vitals: Vitals
     reporters: Reporters
-    telling: Telling
+    listeners: Listeners
     views: Views
     readers: ThreadPoolExecutor
     """For the scrub alone, at low priority."""
+    teller: ThreadPoolExecutor
+    """For a look at the alarms, which no slow page holds up."""
 
 
 class Service:
@@ -145,8 +149,11 @@ class Service:
         self._beats = Beats(self._loop.time)
         self._backoff = Backoff(settings.poll.interval.total_seconds())
         self._wake = asyncio.Event()
+        self._news = asyncio.Event()
+        """Set when something came of a poll, of retention or of the scrub: time to look at the alarms."""
         self._reloading = asyncio.Lock()
         self._retaining: asyncio.Task[None] | None = None
+        self._polling = False
         self._group: asyncio.TaskGroup | None = None
 
     async def run(self) -> None:
@@ -158,8 +165,9 @@ class Service:
         try:
             async with asyncio.TaskGroup() as group:
                 self._group = group
-                group.create_task(self._mirror.serve())
+                group.create_task(self._mirror.serve(partial(self._beats.expect, "transfers")))
                 group.create_task(self._poll_on(group))
+                group.create_task(self._alarm_on())
                 group.create_task(self._feed())
                 group.create_task(self._describe_on())
                 group.create_task(self._scrub_on())
@@ -179,28 +187,33 @@ class Service:
     async def _poll_on(self, group: asyncio.TaskGroup) -> None:
         while True:
             self._beats.expect("poll", POLL_MOST)
+            self._wake.clear()
+            self._polling = True
             error: TinkerSyncError | None = None
             try:
-                result = await self._mirror.poll()
+                await self._mirror.poll()
             except FixFirst:
                 raise
             except TinkerSyncError as trouble:
                 error = trouble
-                delay = self._backoff.after(trouble, random.random())  # noqa: S311 - jitter
-                self._note_trouble(trouble, delay)
-            else:
+            except Exception as bug:  # noqa: BLE001 - a bug that a poll meets ends no transfer
+                error = as_bug(bug)
+            self._polling = False
+            if error is None:
                 delay = self._backoff.after_success()
-                self._note_success(result)
+                self._note_success()
                 if self._mirror.retention_due and (self._retaining is None or self._retaining.done()):
                     self._retaining = group.create_task(self._retain())
+            else:
+                delay = self._backoff.after(error, random.random())  # noqa: S311 - jitter
+                self._note_trouble(error, delay)
             self._vitals.next_poll_at = datetime.now(UTC) + timedelta(seconds=delay)
-            await self._tell_alarms()
+            self._news.set()
             self._beats.expect("poll", delay + POLL_MOST)
             await self._wait(delay, for_credential=isinstance(error, CredentialMissing | CredentialRefused))
 
     async def _wait(self, delay: float, *, for_credential: bool) -> None:
         """Until the next poll is due, or something wakes it: a reload, or another credential."""
-        self._wake.clear()
         ends = self._loop.time() + delay
         before = await asyncio.to_thread(self._parts.credentials.stamp) if for_credential else None
         while (left := ends - self._loop.time()) > 0 and not self._wake.is_set():
@@ -211,16 +224,31 @@ class Service:
                 self._parts.credentials.forget()
                 return
 
-    def _note_success(self, result: PassResult) -> None:
+    def progressed(self) -> None:
+        """A request was answered: a poll that goes on is not hung, however long the account's list is."""
+        if self._polling:
+            self._beats.expect("poll", POLL_MOST)
+        if "retention" in self._beats.deadlines:
+            self._beats.expect("retention", RETAIN_MOST)
+
+    def _note_success(self) -> None:
         now = datetime.now(UTC)
         if self._vitals.trouble is not None:
             log.info("service.recovered", after=self._vitals.trouble)
         self._vitals.polled_at = now
         self._vitals.credential_works = True
         self._vitals.trouble = None
-        if result.complete:
-            self._vitals.listed_at = now
-            self._parts.telling.proven()
+        self._vitals.listed_at = self._mirror.proven_at
+        if self._mirror.proven_at is not None and now - self._mirror.proven_at < self._listings_apart():
+            self._parts.listeners.messenger.alive()
+
+    def _listings_apart(self) -> timedelta:
+        """How old the last proven listing may be while all is well."""
+        return max(LATE, 3 * self._settings.poll.interval, self._full_interval())
+
+    def _full_interval(self) -> timedelta:
+        """Two full intervals, where listings come at them."""
+        return 2 * self._settings.poll.full_interval if self._mirror.is_large else timedelta(0)
 
     def _note_trouble(self, error: TinkerSyncError, delay: float) -> None:
         log.warning("poll.failed", error=str(error), again_in=round(delay, 1))
@@ -232,43 +260,35 @@ class Service:
         else:
             self._say(f"in trouble, trying again in {span(delay)}: {error}")
 
-    async def _tell_alarms(self) -> None:
-        """What people should know of, and what is over. It hurts nobody when that cannot be told."""
-        now = datetime.now(UTC)
-        try:
-            document = await self._parts.views.document()
-            found = alarms(document, now=now)
-            self._add_alarms(found, document["last_pass"], now)
-            await self._loop.run_in_executor(self._parts.readers, self._parts.telling.tell, found, now)
-        except TinkerSyncError as error:
-            log.warning("alarms.unknown", error=str(error))
-
-    def _add_alarms(self, found: dict[Alarm, str], last: Mapping[str, Any] | None, now: datetime) -> None:
-        """What the catalog does not know."""
-        worse = []
-        if self._vitals.credential_works is False:
-            worse.append(f"the credential is not accepted: {self._vitals.trouble}")
-        if self._mirror.result.enforced.error is not None:
-            worse.append(f"retention cannot run: {self._mirror.result.enforced.error}")
-        if worse:
-            found["failure"] = "; ".join([*worse, *([found["failure"]] if "failure" in found else [])])
-        listed = None if last is None else last.get("listed_at")
-        since = parse_time(listed) if listed else self._vitals.started_at
-        silence = self._settings.notify.silence
-        if now - since > silence:
-            why = f"; the last try ended with: {self._vitals.trouble}" if self._vitals.trouble else ""
-            found["silence"] = f"the account was last listed completely at {since:%Y-%m-%d %H:%M} UTC{why}"
+    async def _alarm_on(self) -> None:
+        """What people should know of, and what is over. It waits for nobody, and hurts nobody when it cannot be told."""
+        while True:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._news.wait(), ALARM_LOOK)
+            self._news.clear()
+            now, parts = datetime.now(UTC), self._parts
+            try:
+                document = await self._loop.run_in_executor(parts.teller, parts.views.read_document)
+                silence = max(self._settings.notify.silence, self._full_interval())
+                found = alarms(document, now=now, silence=silence, begun_at=self._vitals.started_at)
+                await parts.listeners.telling.tell(found, now)
+            except Exception as error:  # noqa: BLE001 - see above
+                text = str(error) if isinstance(error, TinkerSyncError) else str(as_bug(error))
+                log.warning("alarms.unknown", error=text)
+            await asyncio.sleep(1.0)
 
     async def _retain(self) -> None:
         """Beside the polls: reading replicas back takes its time."""
         self._beats.expect("retention", RETAIN_MOST)
         try:
             await self._mirror.retain()
-            self._vitals.retained_at = datetime.now(UTC)
-        except TinkerSyncError as error:
-            log.error("retention.failed", error=str(error))  # noqa: TRY400 - told in words
+            if self._mirror.result.enforced.error is None:
+                self._vitals.retained_at = datetime.now(UTC)
+        except Exception as error:  # noqa: BLE001 - a bug that retention meets ends no transfer
+            log.error("retention.failed", error=str(as_bug(error)))  # noqa: TRY400 - told in words
         finally:
             self._beats.deadlines.pop("retention", None)
+            self._news.set()
 
     # Reading back
 
@@ -276,36 +296,33 @@ class Service:
         """Read replicas back, one after another, a quarter of the time at most; damage is copied again by a poll."""
         while True:
             begun = self._loop.time()
-            due = await self._due_to_be_read()
-            if due:
-                await self._read_back(due, self._parts.readers)
-                self._vitals.scrubbed_at = datetime.now(UTC)
-                await asyncio.sleep((SCRUB_SHARE - 1) * (self._loop.time() - begun) + 0.05)
-            else:
-                await asyncio.sleep(min(SCRUB_IDLE, self._settings.mirror.verify_every.total_seconds()))
-
-    async def _due_to_be_read(self) -> list[Replica]:
-        before = datetime.now(UTC) - self._settings.mirror.verify_every
-        catalog = self._parts.root.catalog
-        try:
-            return await self._loop.run_in_executor(self._parts.readers, catalog.verified_before, before, 1)
-        except TinkerSyncError as error:
-            log.warning("scrub.failed", error=str(error))
-            return []
+            pause = min(SCRUB_IDLE, self._settings.mirror.verify_every.total_seconds())
+            try:
+                before = datetime.now(UTC) - self._settings.mirror.verify_every
+                catalog, readers = self._parts.root.catalog, self._parts.readers
+                due = await self._loop.run_in_executor(readers, catalog.verified_before, before, 1)
+                if due:
+                    damaged = await self._read_back(due, readers)
+                    self._vitals.scrubbed_at = datetime.now(UTC)
+                    pause = (SCRUB_SHARE - 1) * (self._loop.time() - begun) + 0.05
+                    if damaged:
+                        self._news.set()
+                        self._mirror.replan()
+                        self._wake.set()  # the next poll copies it again
+            except Exception as error:  # noqa: BLE001 - what cannot be read now is read later
+                text = str(error) if isinstance(error, TinkerSyncError) else str(as_bug(error))
+                log.warning("scrub.failed", error=text, again_in=pause)
+            await asyncio.sleep(pause)
 
     async def _read_back(
         self, replicas: Sequence[Replica], readers: ThreadPoolExecutor
     ) -> list[tuple[Replica, tuple[Defect, ...]]]:
-        """The damaged ones, and what is wrong with them."""
+        """The damaged ones, and what is wrong with them. Raises CatalogUnusable."""
         scrubber = make_scrubber(self._parts.root.tree, self._parts.root.catalog, readers, record=True)
         try:
             damaged = (await scrubber.scrub(replicas)).damaged
         except BaseExceptionGroup as several:
-            error = first_of(several)
-            if not isinstance(error, TinkerSyncError):
-                raise
-            log.warning("scrub.failed", error=str(error))
-            return []
+            raise first_of(several) from None
         for replica, defects in damaged.values():
             facts = {"side": "local", "error": f"damaged: {defects[0]}"}
             self._parts.reporters.happened(Event("failed", replica.path, facts))
@@ -325,7 +342,7 @@ class Service:
             await asyncio.sleep(DESCRIBE_EVERY)
 
     def _description(self) -> str:
-        result, running = self._mirror.result, self._parts.activity.running
+        result, running = self._mirror.shown, self._parts.activity.running
         parts = [f"{result.listed} listed{'' if result.complete else ' (unproven)'}"]
         if running:
             parts.append(f"copying {len(running)} at {size(self._parts.activity.rate)}/s")
@@ -333,6 +350,8 @@ class Service:
         parts.append(f"{len(result.failed)} failing")
         if self._retaining is not None and not self._retaining.done():
             parts.append("enforcing retention")
+        if self._vitals.reload_error is not None:
+            parts.append("a changed configuration was refused")
         return ", ".join(parts)
 
     async def _listen_on(self) -> None:
@@ -345,8 +364,9 @@ class Service:
             clock=SYSTEM_CLOCK,
             version=__version__,
             token=await asyncio.to_thread(read_token, self._settings),
-            recent=lambda: max(LATE, 3 * self._settings.poll.interval),
+            recent=self._listings_apart,
         )
+        news = News()
         while True:
             try:
                 async with listening(site, *address) as url:
@@ -354,7 +374,8 @@ class Service:
                     await asyncio.Event().wait()
             except OSError as error:
                 reason = error.strerror or str(error)
-                log.error("status.unavailable", listen=self._settings.status.listen, error=reason)  # noqa: TRY400
+                if news.is_new("listen", reason):
+                    log.error("status.unavailable", listen=self._settings.status.listen, error=reason)  # noqa: TRY400
                 await asyncio.sleep(LISTEN_AGAIN)
 
     async def _control_on(self, group: asyncio.TaskGroup) -> None:
@@ -383,14 +404,7 @@ class Service:
     async def verify(self, paths: Sequence[TinkerPath], say: Callable[[Mapping[str, Any]], None]) -> Mapping[str, Any]:
         """Read these back, all when there are none, and repair what is damaged. Raises TinkerSyncError."""
         catalog = self._parts.root.catalog
-        replicas = await asyncio.to_thread(catalog.replicas)
-        if paths:
-            wanted, here = set(paths), {replica.path for replica in replicas}
-            missing = [str(path) for path in paths if path not in here]
-            if missing:
-                message = f"not here: {', '.join(missing)}; see `tinker-sync ls`"
-                raise TinkerSyncError(message)
-            replicas = [replica for replica in replicas if replica.path in wanted]
+        replicas = choose(await asyncio.to_thread(catalog.replicas), paths)
         damaged: list[tuple[Replica, tuple[Defect, ...]]] = []
         at_once = os.cpu_count() or 2
         with ThreadPoolExecutor(at_once, thread_name_prefix="verify") as readers:
@@ -421,17 +435,7 @@ class Service:
     ) -> dict[TinkerPath, str]:
         """Fetch these again; why it did not work, for those where it did not. A poll may have been quicker."""
         outcome = await self._mirror.fetch_beside([replica.path for replica in damaged], partial(_say_planned, say))
-        known = await asyncio.to_thread(self._parts.root.catalog.known)
-        failed: dict[TinkerPath, str] = {}
-        for replica in damaged:
-            path, now = replica.path, known.replicas.get(replica.path)
-            if path in outcome.failed:
-                failed[path] = outcome.failed[path][0]
-            elif now is None or now.damaged:
-                failed[path] = outcome.skipped.get(path, "it was not served")
-            elif not now.identity.matches(replica.identity):
-                failed[path] = "upstream is another object now: copied as new, this one kept aside"
-        return failed
+        return not_repaired(damaged, outcome, await asyncio.to_thread(self._parts.root.catalog.known))
 
     # The watchdog
 
@@ -454,14 +458,29 @@ class Service:
             self._group.create_task(self._reload(retention_too=True))
 
     async def _watch_config(self, config: Path) -> None:
-        """The directory, not the file: editors replace it. Where inotify fails, watchfiles polls."""
+        """The directory, not the file: editors replace it. Where inotify fails, its times are looked at instead."""
         resolved = await asyncio.to_thread(config.resolve)
         names = {config.name, resolved.name}
         directories = {config.parent, resolved.parent}
-        async for changes in watchfiles.awatch(
-            *directories, recursive=False, step=int(STILL * 1000), debounce=int(STILL * 2000), rust_timeout=3000
-        ):
-            if any(path.rpartition("/")[2] in names for _, path in changes):
+        try:
+            async for changes in watchfiles.awatch(
+                *directories, recursive=False, step=int(STILL * 1000), debounce=int(STILL * 2000), rust_timeout=3000
+            ):
+                if any(path.rpartition("/")[2] in names for _, path in changes):
+                    await self._reload(retention_too=False)
+        except (OSError, RuntimeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else type(error).__name__
+            log.warning("config.unwatched", error=reason, hint="its time is looked at instead")
+        await self._look_at_config(config)
+
+    async def _look_at_config(self, config: Path) -> None:
+        """A stat now and then; what changed is read when it has been still for a while."""
+        seen = read = await asyncio.to_thread(_stamp, config)
+        while True:
+            await asyncio.sleep(2 * STILL)
+            before, seen = seen, await asyncio.to_thread(_stamp, config)
+            if seen is not None and seen == before != read:
+                read = seen
                 await self._reload(retention_too=False)
 
     async def _reload(self, *, retention_too: bool) -> None:
@@ -475,6 +494,9 @@ class Service:
                 log.error("config.refused", error=str(error))  # noqa: TRY400 - told in words
                 self._vitals.reload_error = str(error)
                 self._say(f"a bad configuration was refused, the old one stays: {error}")
+            except Exception as error:  # noqa: BLE001 - a reload ends nothing
+                self._vitals.reload_error = str(as_bug(error))
+                log.error("config.refused", error=self._vitals.reload_error)  # noqa: TRY400 - told in words
             finally:
                 self._supervisor.ready()
         self._wake.set()
@@ -494,7 +516,7 @@ class Service:
         if waiting:
             log.warning("config.retention_waits", keys=waiting, hint="takes effect on SIGHUP or restart")
         settings = reloaded(self._settings, wanted, retention=retention_too)
-        self._parts.telling.configure(settings)
+        self._parts.listeners.configure(settings)
         self._settings = settings
         self._backoff.interval = settings.poll.interval.total_seconds()
         self._mirror.configure(engine_settings(settings), enforcement_settings(settings, "run"))
@@ -502,6 +524,7 @@ class Service:
         self._vitals.reload_error = None
         self._vitals.reloaded_at = datetime.now(UTC)
         self._vitals.waiting_changes = [*fixed, *waiting]
+        self._mirror.remarks = {"waiting_changes": self._vitals.waiting_changes}
         log.info("config.reloaded", keys=[key for key in changes if key not in waiting])
 
 
@@ -516,12 +539,13 @@ async def run(settings: Settings, config: Path | None, root_option: Path | None,
         except ServiceTrouble as error:
             log.warning("credential.trouble", error=str(error))  # the loop tries again, and says so
         with (
-            open_root(settings, command="run", account=service.credentials.account) as root,
+            _opened(settings, service.credentials.account, supervisor) as root,
             ThreadPoolExecutor(1, thread_name_prefix="scrub", initializer=_step_back) as readers,
             ThreadPoolExecutor(1, thread_name_prefix="page") as page,
+            ThreadPoolExecutor(1, thread_name_prefix="tell") as teller,
         ):
-            async with open_telling(settings, root, patience=LAST_WORDS) as telling:
-                reporters = Reporters([activity, telling.hooks])
+            async with open_listeners(settings, root, patience=LAST_WORDS) as listeners:
+                reporters = Reporters([activity, listeners.hooks])
                 async with open_mirror(
                     settings, service, root, reporters, command="run", observed=activity.asked
                 ) as mirror:
@@ -537,15 +561,43 @@ async def run(settings: Settings, config: Path | None, root_option: Path | None,
                         settings=view_settings(settings),
                     )
                     parts = Parts(
-                        mirror, root, service.credentials, activity, vitals, reporters, telling, views, readers
+                        mirror,
+                        root,
+                        service.credentials,
+                        activity,
+                        vitals,
+                        reporters,
+                        listeners,
+                        views,
+                        readers,
+                        teller,
                     )
+                    serving = Service(parts, settings, find_config(config), root_option, supervisor)
+                    activity.on_request = serving.progressed
                     with suppress(asyncio.CancelledError):
-                        await Service(parts, settings, find_config(config), root_option, supervisor).run()
+                        await serving.run()
     return 0
+
+
+@contextmanager
+def _opened(settings: Settings, account: str | None, supervisor: Supervisor) -> Iterator[OpenRoot]:
+    """The root. Recovering it, or a catalog that is made anew, can take longer than a start usually may."""
+    with ExitStack() as stack:
+        with supervisor.taking_long():
+            root = stack.enter_context(open_root(settings, command="run", account=account))
+        yield root
 
 
 def _say_planned(say: Callable[[Mapping[str, Any]], None], transfers: int, total_bytes: int) -> None:
     say({"event": "planned", "transfers": transfers, "bytes": total_bytes})
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 def _step_back() -> None:

@@ -7,7 +7,12 @@ from __future__ import annotations
 
 import os
 import socket
-from contextlib import suppress
+import threading
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _MOST = 300
 """Letters of a status; systemd shows one line."""
@@ -27,6 +32,24 @@ class Supervisor:
     def ready(self) -> None:
         """It is up."""
         self._tell("READY=1")
+
+    @contextmanager
+    def taking_long(self) -> Iterator[None]:
+        """Something before `ready` may take long: ask for more time, again and again, from a thread."""
+        over = threading.Event()
+
+        def ask() -> None:
+            while not over.is_set():
+                self._tell("EXTEND_TIMEOUT_USEC=120000000")
+                over.wait(30)
+
+        asking = threading.Thread(target=ask, name="extend", daemon=True)
+        asking.start()
+        try:
+            yield
+        finally:
+            over.set()
+            asking.join()
 
     def reloading(self) -> None:
         """A reload begins; `ready` ends it."""

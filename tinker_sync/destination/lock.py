@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import stat
+import time
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -39,7 +40,7 @@ class RootLock:
             message = f"{self._path} cannot be opened: {error.strerror}; it must be writable by this user"
             raise FixFirst(message) from error
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _take(descriptor)
         except OSError as error:
             holder = _read_holder(descriptor)
             os.close(descriptor)
@@ -73,6 +74,15 @@ class RootLock:
             os.ftruncate(self._descriptor, 0)
         os.close(self._descriptor)
         self._descriptor = -1
+
+
+def _take(descriptor: int) -> None:
+    """The lock, with a second try: `status` and its like hold it for a moment when they look who has it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        time.sleep(0.05)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def holder_of(path: Path) -> str | None:

@@ -1,4 +1,7 @@
-"""What to tell people, and how often: an alarm once, its end once, and nothing in between but news now and then. Pure."""
+"""What to tell people, and how often: an alarm once, its end once, and nothing in between but news now and then. Pure.
+
+An alarm is named `kind` or `kind:cause`, so that one cause does not hide another.
+"""
 
 from __future__ import annotations
 
@@ -49,13 +52,18 @@ def next_messages(
         text, before = alarms.get(kind), told.get(kind)
         if text is None:
             if before is not None and before.raised:
-                messages.append(Message(kind, f"{who}: {kind} is over", f"It was: {before.text}"))
+                messages.append(Message(kind, f"{who}: {_title(kind)} is over", f"It was: {before.text}"))
                 after[kind] = Told(now, raised=False, text=before.text)
         elif before is None or _is_due(before, now):
             again = before is not None and before.raised
-            messages.append(Message(kind, f"{who}: {kind}{' (still)' if again else ''}", text))
+            messages.append(Message(kind, f"{who}: {_title(kind)}{' (still)' if again else ''}", text))
             after[kind] = Told(now, raised=True, text=text)
     return messages, after
+
+
+def _title(kind: str) -> str:
+    """`failure:damage` as people read it."""
+    return kind.replace(":", " of ") if kind.startswith("failure:") else kind.replace(":", ", ")
 
 
 def _is_due(before: Told, now: datetime) -> bool:

@@ -25,16 +25,17 @@ WAITING_MOST: Final = 10_000
 """Events that wait for their program; more are dropped, and that is said."""
 _OUTPUT: Final = 2000
 """Bytes of a failing program's last words that are logged."""
-_LAST_WORDS: Final = 2.0
+_LAST_WORDS: Final = 0.5
 """Seconds between being asked to end and being killed."""
-_PRIVATE: Final = ("TINKER_API_KEY", "CREDENTIALS_DIRECTORY", "NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC")
+_PRIVATE: Final = ("TINKER_", "CLOUDFLARE_", "CREDENTIALS_DIRECTORY", "NOTIFY_SOCKET", "WATCHDOG_")
+"""How variables begin that are this program's own, secrets among them."""
 
 
 class Hooks:
     """A `ports.Reporter` that runs programs. Async context manager.
 
-    Leaving it in peace waits for what is queued, at most `patience` seconds; leaving it by an exception or a cancellation
-    ends the program that runs and drops the rest.
+    Leaving it waits for what is queued, at most `patience` seconds, whatever ended the work; a cancellation ends the
+    program that runs, and drops the rest.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class Hooks:
         if worker is None:
             return
         try:
-            if kind is None:
+            if kind is None or issubclass(kind, Exception):
                 with suppress(TimeoutError):
                     async with asyncio.timeout(self._patience):
                         await self._queue.join()
@@ -146,11 +147,7 @@ class Hooks:
                 await words
 
     def _environment(self, event: Event) -> dict[str, str]:
-        kept = {
-            name: value
-            for name, value in os.environ.items()
-            if name not in _PRIVATE and not name.upper().startswith("TINKER_SYNC__")
-        }
+        kept = {name: value for name, value in os.environ.items() if not name.upper().startswith(_PRIVATE)}
         facts = {
             "event": event.kind,
             "tinker_path": str(event.path),

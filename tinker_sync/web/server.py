@@ -132,11 +132,11 @@ class StatusSite:
         vitals, problems = self._views.vitals, []
         if vitals.credential_works is False:
             problems.append("the service refuses the credential")
-        silent = age(vitals.polled_at, self._clock.now())
+        silent = age(vitals.listed_at, self._clock.now())
         if silent is None:
-            problems.append("the account was not listed yet")
+            problems.append("the account was not listed completely yet")
         elif silent > self._recent().total_seconds():
-            problems.append(f"the account was last listed {silent:.0f} s ago")
+            problems.append(f"the account was last listed completely {silent:.0f} s ago")
         if is_full(await self._views.document()):
             problems.append("the disk has less room than [mirror] min_free")
         return problems

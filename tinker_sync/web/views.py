@@ -1,7 +1,7 @@
 """What the page shows, as values: runs, marks, growth. Built from the catalog and the engine, through ports.
 
 What is built from all checkpoints is kept until something was written; what depends on rules is worked out only for the
-runs that are shown. So a page costs the same at a hundred checkpoints and at a hundred thousand.
+runs that are shown. What a page costs then depends on what it shows, and hardly on how much there is.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from tinker_sync.model.moments import rfc3339
 from tinker_sync.model.work import Trouble
-from tinker_sync.overview import Surroundings, judge, overview, take_stock
+from tinker_sync.overview import judge, overview, take_stock
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from tinker_sync.model.checkpoint import Checkpoint
     from tinker_sync.model.paths import TinkerPath
     from tinker_sync.model.work import Failure, Replica
-    from tinker_sync.overview import Stock
+    from tinker_sync.overview import Stock, Surroundings
     from tinker_sync.planning import Known, Selection
     from tinker_sync.ports import Catalog, Clock, Engine
     from tinker_sync.retention import Verdict
@@ -60,10 +60,7 @@ STATES: Final[Mapping[str, tuple[str, str]]] = {
 class ViewSettings:
     """Plain arguments of the page."""
 
-    root: str
     selection: Selection
-    enforce: bool
-    min_free: int
     price_per_gb_month: float | None
 
 
@@ -179,7 +176,7 @@ class Views:
         vitals: Vitals,
         clock: Clock,
         reader: Executor,
-        surroundings: Callable[[], tuple[str | None, int, int | None]],
+        surroundings: Callable[[], Surroundings],
         events: Callable[[int], Sequence[Mapping[str, Any]]],
         settings: ViewSettings,
     ) -> None:
@@ -197,9 +194,13 @@ class Views:
     def configure(self, settings: ViewSettings) -> None:
         """Other settings from now on."""
         self._settings = settings
-        self._kept.clear()
+        self._kept = {}
 
     # What is asked for
+
+    def read_document(self) -> dict[str, Any]:
+        """The document of `status --json`. Blocking, for any thread. Raises CatalogUnusable."""
+        return self._document()
 
     async def document(self) -> dict[str, Any]:
         """The document of `status --json`. Raises CatalogUnusable."""
@@ -235,10 +236,11 @@ class Views:
     async def _read(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._reader, work)
 
-    def _keep(self, name: str, key: object, make: Callable[[], T]) -> T:
-        """What was made before, while nothing was written since, or while it is still fresh."""
+    def _keep(self, name: str, key: object, make: Callable[[], T], *, exact: bool = False) -> T:
+        """What was made before, while nothing was written since, or (not `exact`) while it is still fresh."""
         now, kept = time.monotonic(), self._kept.get(name)
-        if kept is not None and (kept.key == key or now - kept.made_at < max(_FRESH_FOR, _WORTH * kept.cost)):
+        fresh = kept is not None and not exact and now - kept.made_at < max(_FRESH_FOR, _WORTH * kept.cost)
+        if kept is not None and (kept.key == key or fresh):
             value: T = kept.value
             return value
         value = make()
@@ -248,16 +250,7 @@ class Views:
     def _document(self) -> dict[str, Any]:
         key = self._catalog.generation()
         stock: Stock = self._keep("stock", key, lambda: take_stock(self._catalog, self._settings.selection))
-        stop_reason, trash, free = self._surroundings()
-        around = Surroundings(
-            root=self._settings.root,
-            enforce=self._settings.enforce,
-            stop_reason=stop_reason,
-            trash=trash,
-            free_bytes=free,
-            min_free=self._settings.min_free,
-        )
-        document = overview(stock, around, now=self._clock.now())
+        document = overview(stock, self._surroundings(), now=self._clock.now())
         document["last_pass"] = self._catalog.last_pass()
         return document
 
@@ -322,7 +315,11 @@ class Views:
         names = [path for run in runs for _, path in run.paths]
         listed = {path: rows[path] for path in names if path in rows}
         replicas = {path: known.replicas[path] for path in names if path in known.replicas}
-        verdicts = self._engine.explain(listed, replicas, now)
+        key = (self._catalog.generation(), id(rows), tuple(run.run_id for run in runs), int(now.timestamp() / 60))
+        explaining = partial(self._engine.explain, listed, replicas, now)
+        verdicts: Mapping[TinkerPath, Sequence[Verdict]] = self._keep(
+            f"verdicts {len(runs)}", key, explaining, exact=True
+        )
         return {path: self._mark(path, listed.get(path), known, verdicts) for path in wanted}
 
     def _mark(
@@ -351,7 +348,7 @@ class Views:
             return "failing" if replica.damaged else "gone" if row is None else "copied"
         if failure is not None and failure.trouble is not Trouble.NOT_SERVED:
             return "failing"
-        if failure is not None or path in self._engine.skipped:
+        if failure is not None or self._engine.skipped.get(path) is not None:
             return "skipped"
         return "waiting"
 
@@ -362,8 +359,8 @@ class Views:
             yield f"damaged: {replica.damaged[0]}"
         if replica is None and failure is not None:
             yield f"{failure.error} (tried {failure.attempts} times, again at {_moment(failure.retry_at)})"
-        elif replica is None and path in self._engine.skipped:
-            yield self._engine.skipped[path]
+        elif replica is None and (reason := self._engine.skipped.get(path)) is not None:
+            yield reason
         if row is not None and row.expires_at is not None:
             yield f"expires upstream at {_moment(row.expires_at)}"
 
@@ -374,6 +371,8 @@ class Views:
         level, sentence = judge(document, now=now)
         if vitals.trouble is not None:
             level, sentence = "bad", f"the service is in trouble: {vitals.trouble}"
+        elif level == "well" and vitals.reload_error is not None:
+            level, sentence = "bad", "a changed configuration was refused, the old one stays"
         return {
             **document,
             "level": level,

@@ -19,22 +19,31 @@
     if (next) { event.preventDefault(); event.target.tabIndex = -1; next.tabIndex = 0; next.focus(); }
   });
   const inUse = (part) => part.contains(document.activeElement) || part.querySelector(".mark:hover") !== null;
+  const stale = document.getElementById("stale");
+  const answers = (well) => {
+    if (well === stale.hidden) return;
+    stale.hidden = well;
+    if (!well) stale.querySelector("span").textContent = new Date().toLocaleTimeString();
+  };
+  const seen = new Map();
+  for (const part of document.querySelectorAll("[data-live]")) seen.set(part.id, part.innerHTML);
   const refresh = async () => {
     if (document.hidden) return;
     let text;
     try {
       const answer = await fetch(location.href, { headers: { Accept: "text/html" } });
-      if (!answer.ok) return;
+      if (!answer.ok) throw new Error(answer.status);
       text = await answer.text();
-    } catch { document.body.dataset.stale = "yes"; return; }
+    } catch { answers(false); return; }
+    answers(true);
     const fresh = new DOMParser().parseFromString(text, "text/html");
     document.title = fresh.title;
     for (const part of document.querySelectorAll("[data-live]")) {
       const other = fresh.getElementById(part.id);
       if (!other || inUse(part)) continue;
       if (part.className !== other.className) part.className = other.className;
-      if (part.innerHTML !== other.innerHTML && part.dataset.seen !== other.innerHTML) {
-        part.dataset.seen = "";
+      if (seen.get(part.id) !== other.innerHTML) {
+        seen.set(part.id, other.innerHTML);
         part.innerHTML = other.innerHTML;
       }
     }
