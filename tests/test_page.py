@@ -20,8 +20,10 @@ from tests.test_service import RUN, replicas, serving
 from tinker_sync.activity import Activity, Vitals
 from tinker_sync.catalog.store import SqlCatalog
 from tinker_sync.model.checkpoint import Checkpoint
+from tinker_sync.model.events import Event
 from tinker_sync.model.paths import TinkerPath
 from tinker_sync.model.work import Replica, Transfer
+from tinker_sync.overview import Surroundings
 from tinker_sync.planning import Selection
 from tinker_sync.sandbox import Fault, adapter
 from tinker_sync.web.views import MARKS_PER_RUN, ROWS_PER_PAGE, RUNS_PER_PAGE, Views, ViewSettings
@@ -295,9 +297,9 @@ async def test_a_page_costs_what_it_shows(tmp_path: Path) -> None:
             vitals=Vitals(NOW),
             clock=SYSTEM_CLOCK,
             reader=reader,
-            surroundings=lambda: (None, 0, 10**9),
+            surroundings=lambda: Surroundings("/m", enforce=False),
             events=lambda most: [],
-            settings=ViewSettings("/m", Selection(), enforce=False, min_free=0, price_per_gb_month=None),
+            settings=ViewSettings(Selection(), price_per_gb_month=None),
         )
         for _ in range(3):
             model = await views.page(1)
@@ -331,10 +333,14 @@ def test_rates_and_time_left() -> None:
         activity.advanced(transfer, 100)
     assert activity.rate == pytest.approx(100)
     assert running.seconds_left == pytest.approx(7)
-    at = 5.0
+    at = 9.0  # nothing came for long: it stalls, and claims nothing
+    assert activity.rate < 30
+    at = 10.0
     activity.ended(transfer, None)
-    assert (activity.running, activity.transfer_seconds, activity.received_bytes) == ((), 5.0, 300)
-    assert activity.transfers["committed"] == 1
+    assert (activity.running, activity.transfer_seconds, activity.received_bytes) == ((), 10.0, 300)
+    for kind, facts in (("committed", {}), ("failed", {}), ("failed", {"side": "local"})):
+        activity.happened(Event(kind, PATH, facts))
+    assert (activity.transfers["committed"], activity.transfers["failed"], activity.committed_at) == (1, 1, NOW)
 
 
 PATH = TinkerPath.parse("tinker://r:train:0/weights/a")
