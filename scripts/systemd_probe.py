@@ -89,7 +89,7 @@ def main() -> None:
         "and leave a service that is up, and enabled",
         (show("ActiveState"), show("UnitFileState")) == ("active", "enabled"),
     )
-    trouble = until(lambda: "in trouble" in show("StatusText"))  # there is no network in here
+    trouble = until(lambda: "in trouble" in show("StatusText"), 120)  # there is no network in here
     report("that says what is wrong", trouble, show("StatusText"))
     (CONFIG.parent / "api-key").write_text(sandbox.key)
     good = f'[tinker]\nbase_url = "{sandbox.base_url}"\n[mirror]\nmin_free = "0"\n[poll]\ninterval = "1s"\n'

@@ -152,8 +152,9 @@ def test_the_page_in_a_browser(site: Site) -> None:
             )
             time.sleep(6)
             assert page.evaluate("window.shift") < 0.1
+            assert page.locator("#stale").is_hidden()
             service.end()
-            time.sleep(6)  # a service that is gone is no script error
+            page.wait_for_selector("#stale", state="visible", timeout=15_000)  # old news is not shown as news
             assert [trouble for trouble in troubles if "ERR_CONNECTION_REFUSED" not in trouble] == []
 
 

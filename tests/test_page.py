@@ -171,6 +171,11 @@ def test_the_page_shows_every_checkpoint_with_its_state_and_reason(site: Site) -
         assert "<img" not in shown
         assert shown.count("<tr id=") == 7
         assert httpx.get(f"{url}runs/none").status_code == 404
+        with (site.root / ".tinker-sync" / "journal.jsonl").open("a") as journal:
+            journal.write(
+                '{"event": "odd", "time": 5}\n{"event": "<i>", "time": "2026-01-01T00:00:00Z", "why": {"a": 1}}\n'
+            )
+        assert "&lt;i&gt;" in httpx.get(url).text
         assert httpx.get(f"{url}?page=-1&page=x").status_code == httpx.get(f"{url}?page=99999").status_code == 200
         for method in ("POST", "PUT", "DELETE", "PATCH"):
             assert httpx.request(method, url).status_code == 405

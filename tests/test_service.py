@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import time
 from contextlib import contextmanager
@@ -14,17 +16,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import watchfiles
 
 from tests.conftest import Site, command, run
 from tinker_sync.config import Settings, reload_difference, reloaded
 from tinker_sync.daemon.schedule import Backoff
-from tinker_sync.daemon.service import Beats
+from tinker_sync.daemon.service import Beats, Service
 from tinker_sync.daemon.supervisor import Supervisor
 from tinker_sync.errors import CredentialRefused, Overloaded, Unreachable
 from tinker_sync.sandbox import Fault, adapter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import AsyncIterator, Callable, Iterator
 
 RUN = "39aa5eb2-e234-5a95-ab68-896e4cac8c45:train:0"
 QUICK = '[poll]\ninterval = "1s"\n'
@@ -296,3 +299,131 @@ def test_install_service_writes_units_with_the_right_paths(tmp_path: Path) -> No
     mine = run(["--config", "c.toml", "install-service", "--user", "--directory", str(tmp_path / "user")], check=0)
     assert "systemctl --user" in mine.stdout
     assert "c.toml run" in (tmp_path / "user" / "tinker-sync.service").read_text()
+
+
+# Large accounts
+
+
+def test_a_look_at_one_page_plans_like_a_listing(site: Site) -> None:
+    """`max_bytes` holds, and a retry that is due is made, between two full listings."""
+    for n in range(60):
+        site.sandbox.account.add(RUN, f"{n:06}", payload=adapter(1))
+    size = adapter(1).total_bytes
+    extra = f'max_bytes = "{61 * size + 500}B"\n' + QUICK + 'full_interval = "1h"\n'
+    with serving(site, extra, TINKER_SYNC__TINKER__PAGE_SIZE="10") as service:
+        service.until(lambda: len(replicas(site)) == 60, 40)
+        time.sleep(1.5)
+        for n in range(5):
+            site.sandbox.account.add(RUN, f"new-{n}", payload=adapter(1))
+        service.until(lambda: "mirror.full" in service.log)
+        time.sleep(2.5)
+        assert len(replicas(site)) == 61
+        assert service.log.count("mirror.full") == 1
+        said = run(["--config", str(site.home / "config.toml"), "status"], check=0).stdout
+        assert "NOT WELL: [mirror] max_bytes has no room for" in said
+        assert service.end()[0] == 0
+
+
+# What must not end it
+
+
+@pytest.mark.parametrize(
+    "text", ["a = " + "[" * 9000, "\0\0", "[mirror]\nroot = 3\n", '[notify]\nurls = ["nonsense://x"]\n']
+)
+def test_no_file_ends_it(site: Site, text: str) -> None:
+    """Nested too deeply, binary, of the wrong type, URLs that nobody understands, a directory, nothing at all."""
+    config = site.home / "config.toml"
+    with serving(site) as service:
+        service.until(lambda: any("listed" in line for line in service.hear()))
+        good = config.read_text()
+        config.write_text(text)
+        service.process.send_signal(signal.SIGHUP)
+        service.until(lambda: "config.refused" in service.log)
+        service.until(lambda: any("a changed configuration was refused" in line for line in service.hear()))
+        config.unlink()
+        config.mkdir()
+        service.process.send_signal(signal.SIGHUP)
+        service.until(lambda: service.log.count("config.refused") >= 2)
+        config.rmdir()
+        service.process.send_signal(signal.SIGHUP)
+        service.until(lambda: service.log.count("config.refused") >= 3)
+        site.sandbox.account.add(RUN, "000000", payload=adapter(0))
+        service.until(lambda: replicas(site) == {"000000"})
+        config.write_text(good.replace('"1s"', '"2s"'))
+        service.until(lambda: "[poll] interval" in service.log)
+        assert service.end()[0] == 0
+
+
+async def test_where_inotify_fails_the_files_time_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too many watches, or a filesystem without: a change is seen all the same, when it has been still."""
+    config = tmp_path / "c.toml"
+    config.write_text("[poll]\n")
+    read: list[bool] = []
+
+    async def broken(*_: object, **__: object) -> AsyncIterator[set[tuple[int, str]]]:
+        raise OSError(24, "Too many open files")
+        yield set()
+
+    async def reload(*, retention_too: bool) -> None:
+        read.append(retention_too)
+
+    monkeypatch.setattr(watchfiles, "awatch", broken)
+    monkeypatch.setattr("tinker_sync.daemon.service.STILL", 0.02)
+    watching = Service.__new__(Service)
+    monkeypatch.setattr(watching, "_reload", reload, raising=False)
+    task = asyncio.create_task(watching._watch_config(config))
+    await asyncio.sleep(0.2)
+    assert read == []
+    config.write_text("[poll]\ninterval = '5s'\n")
+    async with asyncio.timeout(5):
+        while not read:  # noqa: ASYNC110 - what is tried sets no event
+            await asyncio.sleep(0.02)
+    await asyncio.sleep(0.3)
+    assert read == [False]
+    task.cancel()
+
+
+def test_a_long_scrub_holds_up_no_poll(site: Site) -> None:
+    """What is new comes within a poll or two while a large replica is read back."""
+    site.sandbox.account.add(RUN, "large", payload=adapter(0, pad_to=700_000_000))
+    with serving(site, 'verify_every = "1s"\n' + QUICK) as service:
+        service.until(lambda: replicas(site) == {"large"}, 60)
+        time.sleep(2)
+        for n in range(3):
+            site.sandbox.account.add(RUN, f"{n:06}", payload=adapter(n))
+            service.until(lambda n=n: f"{n:06}" in replicas(site), 5)
+        assert service.end()[1] < 10
+
+
+def test_progress_counts_as_progress() -> None:
+    """A poll of thousands of requests is not hung; outside of a poll requests move nothing."""
+    at = 0.0
+    service = Service.__new__(Service)
+    service._beats = Beats(lambda: at)
+    service._polling = True
+    service._beats.expect("poll", 600)
+    at = 599
+    service.progressed()
+    at = 1100
+    assert service._beats.late() == []
+    service._polling = False
+    service.progressed()
+    at = 1200
+    assert service._beats.late() == ["poll"]
+
+
+def test_a_state_directory_that_is_gone_for_a_while(site: Site) -> None:
+    """The catalog cannot be written: said, and mended when it is back; no exit, no traceback."""
+    site.sandbox.account.add(RUN, "000000", payload=adapter(0))
+    catalog = site.root / ".tinker-sync" / "catalog.db"
+    with serving(site) as service:
+        service.until(lambda: replicas(site) == {"000000"})
+        with sqlite3.connect(catalog, isolation_level=None) as other:  # a backup program, say, that holds it for long
+            other.execute("BEGIN EXCLUSIVE")
+            site.sandbox.account.add(RUN, "000001", payload=adapter(1))
+            service.until(lambda: "the catalog cannot be used" in service.log, 40)
+            other.execute("ROLLBACK")
+        other.close()
+        service.until(lambda: replicas(site) == {"000000", "000001"}, 60)
+        assert service.end()[0] == 0
+        assert "Traceback" not in service.log

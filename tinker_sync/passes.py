@@ -384,6 +384,7 @@ class Mirror:
         if fresh or self._clock.monotonic() >= self._replan_at:
             everything = replace(found, checkpoints=tuple(self._rows.values()))
             await self._plan(everything, await self._index(self._catalog.known))
+            await self._save_pass(keep_enforced=True)
             self._changed.set()
 
     async def fetch(self, paths: Sequence[TinkerPath]) -> PassResult:
@@ -930,8 +931,8 @@ class Mirror:
         with suppress(TinkerSyncError):
             before = await self._index(self._catalog.last_pass) or {}
             now = {**_summary(self.result, self._clock.now()), **self.remarks}
-            if not self.result.complete:
-                now["listed_at"] = before.get("listed_at")
+            proven = None if self.proven_at is None else rfc3339(self.proven_at)
+            now["listed_at"] = proven or before.get("listed_at")
             if keep_enforced:
                 now |= {key: before[key] for key in _ENFORCED if key in before}
             await self._index(lambda: self._catalog.save_pass(now))
@@ -959,7 +960,6 @@ def failed_pass(error: ServiceTrouble, before: Mapping[str, object] | None) -> d
 def _summary(result: PassResult, now: datetime) -> dict[str, object]:
     return {
         "at": rfc3339(now),
-        "listed_at": rfc3339(now) if result.complete else None,
         "listed": result.listed,
         "complete": result.complete,
         "transferred": len(result.transferred),

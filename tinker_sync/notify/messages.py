@@ -162,7 +162,10 @@ class Messenger:
 
 
 def open_channels(urls: Sequence[str]) -> list[Any]:
-    """One Apprise object for each URL. Raises ConfigInvalid, which never shows a URL: it holds passwords."""
+    """One plugin of Apprise's for each URL. Raises ConfigInvalid, which never shows a URL: it holds passwords.
+
+    (Its collection of several sends from threads of its own, for which the process would wait at its end.)
+    """
     if not urls:
         return []
     try:
@@ -173,8 +176,8 @@ def open_channels(urls: Sequence[str]) -> list[Any]:
     logging.getLogger("apprise").setLevel(logging.CRITICAL)  # it logs URLs
     channels = []
     for number, url in enumerate(urls, start=1):
-        channel = apprise.Apprise()
-        if not channel.add(url):
+        channel = apprise.Apprise.instantiate(url, suppress_exceptions=True)
+        if channel is None:
             message = (
                 f"[notify] urls: the {number}. URL is none that Apprise understands (apprise has the list of forms)"
             )
