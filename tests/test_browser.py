@@ -74,6 +74,7 @@ def shown(site: Site) -> Iterator[tuple[Running, str]]:
         url = address(service)
         service.until(lambda: len(replicas(site)) >= 70 and site.directory(gone).exists(), 60)
         del site.sandbox.account.checkpoints[gone]
+        service.until(lambda: "transfer.failed" in service.log, 60)
         yield service, url
 
 

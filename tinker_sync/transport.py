@@ -811,7 +811,7 @@ def _reason(error: BaseException) -> str:
         if isinstance(current, ssl.SSLCertVerificationError):
             why = getattr(current, "verify_message", "") or "verification failed"
             return f"its certificate is not trusted: {why}; see SSL_CERT_FILE"
-        if isinstance(current, socket.gaierror):
+        if isinstance(current, socket.gaierror) or (isinstance(current, OSError) and (current.errno or 0) < 0):
             return "its name cannot be resolved"
         if isinstance(current, OSError) and current.errno and not isinstance(current, ssl.SSLError):
             return os.strerror(current.errno)
