@@ -19,7 +19,7 @@ import pytest
 import watchfiles
 
 from tests.conftest import Site, command, run
-from tinker_sync.config import Settings, reload_difference, reloaded
+from tinker_sync.config import Settings, reload_difference, reloaded, retention_difference
 from tinker_sync.daemon.schedule import Backoff
 from tinker_sync.daemon.service import Beats, Service
 from tinker_sync.daemon.supervisor import Supervisor
@@ -124,6 +124,9 @@ def test_it_mirrors_and_ends(site: Site) -> None:
         assert (code, seconds < 5) == (0, True)
         assert service.hear()[-1] == "STOPPING=1"
         assert "Traceback" not in service.log
+    with serving(site) as service:
+        service.until(lambda: "READY=1" in service.hear())
+        assert service.end(signal.SIGINT)[0] == 130
 
 
 def test_sigterm_in_the_middle_of_a_transfer(site: Site) -> None:
@@ -177,7 +180,9 @@ def test_a_changed_file_is_taken_up_and_a_bad_one_refused(site: Site) -> None:
         temporary.rename(config)  # as an editor saves
         sampler = site.root / RUN / "sampler_weights" / "000000"
         service.until(sampler.is_dir)
-        assert "config.retention_waits" in service.log
+        assert "max_deletes: 50 becomes 7" in service.log
+        status = [*("--config", str(config)), "status"]
+        service.until(lambda: "not in effect yet: [retention] max_deletes" in run(status, check=0).stdout)
         assert "[log] level" in service.log
         service.process.send_signal(signal.SIGHUP)
         service.until(lambda: '{"keys": ["[retention] max_deletes"], "event": "config.reloaded"' in service.log)
@@ -283,6 +288,16 @@ def test_what_a_reload_changes() -> None:
     changed, fixed = reload_difference(old, new)
     assert set(changed) == {"[poll] interval", "[mirror] types", "[retention] max_deletes"}
     assert fixed == ["[mirror] dir_mode"]
+    policies = [{"name": name, "types": ["sampler"], "keep_last": 1} for name in ("a", "b")]
+    one = Settings.model_validate({"retention": {"remote": policies, "trash": "2d"}})
+    policies[0]["keep_last"] = 2
+    two = Settings.model_validate({"retention": {"remote": policies[:1], "local": policies[1:]}})
+    assert retention_difference(one, two) == [
+        "trash: 2 days, 0:00:00 becomes 7 days, 0:00:00",
+        "remote policy 'a' is changed",
+        "remote policy 'b' is gone",
+        "local policy 'b' is new",
+    ]
     merged = reloaded(old, new, retention=False)
     assert (merged.mirror.types, merged.mirror.dir_mode, merged.retention.max_deletes) == (("sampler",), 0o700, 50)
     assert reloaded(old, new, retention=True).retention.max_deletes == 3

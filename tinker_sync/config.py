@@ -552,6 +552,24 @@ def reload_difference(old: Settings, new: Settings) -> tuple[list[str], list[str
     return changed, fixed
 
 
+def retention_difference(old: Settings, new: Settings) -> list[str]:
+    """What a changed [retention] would change, a line for each key and each policy."""
+    lines: list[str] = []
+    for key in RetentionSection.model_fields:
+        mine, theirs = getattr(old.retention, key), getattr(new.retention, key)
+        if mine == theirs:
+            continue
+        if key not in ("remote", "local"):
+            lines.append(f"{key}: {mine} becomes {theirs}")
+            continue
+        before, after = ({policy.name: policy for policy in policies} for policies in (mine, theirs))
+        for name in sorted({*before, *after}):
+            if before.get(name) != after.get(name):
+                what = "is new" if name not in before else "is gone" if name not in after else "is changed"
+                lines.append(f"{key} policy {name!r} {what}")
+    return lines
+
+
 def reloaded(old: Settings, new: Settings, *, retention: bool) -> Settings:
     """The new settings, with the old values of what cannot change while running, and of [retention] unless asked for."""
     sections: dict[str, object] = {}

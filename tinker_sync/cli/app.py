@@ -129,7 +129,8 @@ def run_async(work: Coroutine[Any, Any, int]) -> NoReturn:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, stop, number)
         try:
-            return await work
+            code = await work
+            return 128 + signal.SIGINT if signal.SIGINT in received else code
         except asyncio.CancelledError:
             if received:
                 if "--json" in sys.argv:

@@ -79,6 +79,8 @@ def _tell_status(document: dict[str, Any]) -> None:
     if last is not None and (last.get("due") or last.get("deleted")):
         going = "" if document["enforce"] else ", [retention] enforce is off"
         render.say(f"  retention: {last.get('deleted', 0)} deleted, {last.get('due', 0)} to go{going}")
+    for line in (last or {}).get("waiting_changes") or ():
+        render.say(f"  changed in the file and not in effect yet: {line}")
     if document["running_out"] or document["trash"]:
         render.say(f"  {document['running_out']} run out by our TTL, {document['trash']} in the trash")
     if document["unmirrorable"]:

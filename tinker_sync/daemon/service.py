@@ -23,7 +23,7 @@ import watchfiles
 
 from tinker_sync import __version__
 from tinker_sync.activity import Activity, Reporters, Vitals
-from tinker_sync.config import find_config, load_settings, reload_difference, reloaded
+from tinker_sync.config import find_config, load_settings, reload_difference, reloaded, retention_difference
 from tinker_sync.daemon.control import Control, control_address, controlled
 from tinker_sync.daemon.schedule import Backoff
 from tinker_sync.errors import (
@@ -514,7 +514,13 @@ class Service:
         if fixed:
             log.warning("config.needs_restart", keys=fixed)
         if waiting:
-            log.warning("config.retention_waits", keys=waiting, hint="takes effect on SIGHUP or restart")
+            difference = retention_difference(self._settings, wanted)
+            log.warning(
+                "config.retention_waits",
+                difference=difference,
+                hint="takes effect on SIGHUP or restart (systemctl reload)",
+            )
+            waiting = [f"[retention] {line}" for line in difference]
         settings = reloaded(self._settings, wanted, retention=retention_too)
         self._parts.listeners.configure(settings)
         self._settings = settings
@@ -525,7 +531,8 @@ class Service:
         self._vitals.reloaded_at = datetime.now(UTC)
         self._vitals.waiting_changes = [*fixed, *waiting]
         self._mirror.remarks = {"waiting_changes": self._vitals.waiting_changes}
-        log.info("config.reloaded", keys=[key for key in changes if key not in waiting])
+        taken = [key for key in changes if retention_too or not key.startswith("[retention]")]
+        log.info("config.reloaded", keys=taken)
 
 
 async def run(settings: Settings, config: Path | None, root_option: Path | None, supervisor: Supervisor) -> int:
