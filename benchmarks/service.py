@@ -8,7 +8,6 @@ reads them; an idle hour is put together from what is measured: a poll by one pa
 
 from __future__ import annotations
 
-import asyncio
 import os
 import platform
 import random
@@ -17,43 +16,16 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import urllib.request
-from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from mirror import COMMAND, serving
 
 from tinker_sync.catalog.store import SqlCatalog
 from tinker_sync.model.work import Replica
 from tinker_sync.sandbox import Sandbox, adapter
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-COMMAND = str(Path(sys.executable).with_name("tinker-sync"))
-
-
-@contextmanager
-def server() -> Iterator[Sandbox]:
-    """A local server in a thread."""
-    sandbox, ready, stop = Sandbox(key="tml-bench"), threading.Event(), asyncio.Event()
-    loop = asyncio.new_event_loop()
-
-    async def serve() -> None:
-        async with sandbox.running():
-            ready.set()
-            await stop.wait()
-
-    thread = threading.Thread(target=lambda: loop.run_until_complete(serve()))
-    thread.start()
-    ready.wait()
-    try:
-        yield sandbox
-    finally:
-        loop.call_soon_threadsafe(stop.set)
-        thread.join()
 
 
 class Service:
@@ -109,7 +81,7 @@ def latency(count: int = 60) -> None:
     """From appearance to the final directory, at 1 s polls; 64 KB and 20 MB."""
     chance = random.Random(1)
     for size in (64_000, 20_000_000):
-        with server() as sandbox, tempfile.TemporaryDirectory() as text:
+        with serving() as sandbox, tempfile.TemporaryDirectory() as text:
             service = Service(Path(text), sandbox, '[poll]\ninterval = "1s"\n')
             time.sleep(2)
             waits = []
@@ -164,7 +136,7 @@ def fill(home: Path, sandbox: Sandbox, count: int) -> None:
 def idle() -> None:
     """CPU and memory with 100, 10,000 and 100,000 known."""
     for count in (100, 10_000, 100_000):
-        with server() as sandbox, tempfile.TemporaryDirectory() as text:
+        with serving() as sandbox, tempfile.TemporaryDirectory() as text:
             home = Path(text)
             fill(home, sandbox, count)
             service = Service(home, sandbox, '[poll]\ninterval = "600s"\nfull_interval = "900s"\n')

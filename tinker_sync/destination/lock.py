@@ -11,14 +11,17 @@ import time
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, TypeVar
 
 from tinker_sync.destination.mounts import filesystem_type
 from tinker_sync.errors import FixFirst, RootBusy
 from tinker_sync.model.moments import rfc3339
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import TracebackType
+
+T = TypeVar("T")
 
 
 class RootLock:
@@ -87,26 +90,24 @@ def _take(descriptor: int) -> None:
 
 def holder_of(path: Path) -> str | None:
     """Who holds a lock, without taking it: None when nobody does. Raises OSError."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return _read_holder(descriptor)
-    finally:
-        os.close(descriptor)
-    return None
+    return _ask_holder(path, _read_holder)
 
 
 def control_of(path: Path) -> Path | None:
     """The control socket of the process that holds a lock; None when nobody does, or it has none. Raises OSError."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        return _ask_holder(path, _read_control)
     except FileNotFoundError:
         return None
+
+
+def _ask_holder(path: Path, read: Callable[[int], T]) -> T | None:
+    """What the holder of a lock has noted; None when nobody holds it."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        return _read_control(descriptor)
+        return read(descriptor)
     finally:
         os.close(descriptor)
     return None
