@@ -46,8 +46,8 @@ class Service:
         self.url = ""
         while not self.url:
             time.sleep(0.05)
-            found = re.search(r"http://127.0.0.1:\d+/", (home / "log").read_text())
-            self.url = found.group(0) if found else ""
+            found = re.search(r'"url": "(http://[^"]+)"', (home / "log").read_text())
+            self.url = found.group(1) if found else ""
 
     def cpu(self) -> float:
         """Seconds so far."""
@@ -123,14 +123,8 @@ def fill(home: Path, sandbox: Sandbox, count: int) -> None:
                 manifest_sha256="0" * 64,
             )
         )
-    state = home / "mirror" / ".tinker-sync"
-    subprocess.run(
-        [COMMAND, "--root", str(home / "mirror"), "sync"], check=False, capture_output=True,
-        env={**os.environ, "TINKER_BASE_URL": "http://127.0.0.1:9", "TINKER_API_KEY": "tml-none"},
-    )  # fmt: skip
-    state.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with SqlCatalog.open(state / "catalog.db") as catalog:
-        catalog.rebuild(replicas, [])
+    with SqlCatalog.open(home / "mirror" / ".tinker-sync" / "catalog.db") as catalog:
+        catalog.rebuild(replicas, [], catalog.facts())
 
 
 def idle() -> None:
@@ -138,6 +132,7 @@ def idle() -> None:
     for count in (100, 10_000, 100_000):
         with serving() as sandbox, tempfile.TemporaryDirectory() as text:
             home = Path(text)
+            Service(home, sandbox, "").end()  # makes the root
             fill(home, sandbox, count)
             service = Service(home, sandbox, '[poll]\ninterval = "600s"\nfull_interval = "900s"\n')
             while not service.metric('tinker_sync_last_success_timestamp_seconds{work="retention"}'):

@@ -73,7 +73,7 @@ async def world(home: Path, seconds: float, interval: float, seed: int) -> None:
             await asyncio.sleep(chance.uniform(0.2, 1.8) * step / 4)
 
     async def illness() -> None:
-        while time.time() < ends - 40 * interval:
+        while time.time() < ends - 300 * interval:  # then back-offs run out
             await asyncio.sleep(chance.uniform(10, 50) * interval)
             where, kind, more = chance.choice(FAULTS)
             fault = Fault(where, kind, **more)

@@ -438,6 +438,25 @@ async def test_what_ends_uncopied_is_a_loss_and_told_as_one(outside: Site) -> No
     assert not any("over" in item["title"] for item in came if isinstance(item, dict))
 
 
+async def test_who_is_named_by_a_reload_is_told_what_goes_on(outside: Site) -> None:
+    """What was an alarm before there was a channel is told when there is one."""
+    key, outside.sandbox.key = outside.sandbox.key, "tml-another"
+    async with listener() as (host, came, _):
+
+        def watch() -> None:
+            with serving(outside) as service:
+                (outside.home / "key").write_text(key)
+                service.until(lambda: "poll.failed" in service.log)
+                time.sleep(2)
+                config = outside.home / "config.toml"
+                config.write_text(config.read_text() + f'[notify]\nurls = ["json://{host}/"]\n')
+                service.until(lambda: came, 30)
+                assert service.end()[0] == 0
+
+        await asyncio.to_thread(watch)
+    assert came[0]["title"].endswith("failure of credential")
+
+
 async def test_a_failing_sync_tells_everything_and_sends_no_heartbeat(outside: Site) -> None:
     """Several alarms, all delivered before it ends; a good one sends its heartbeat, and that they are over."""
     outside.sandbox.account.add(RUN, "a", payload=adapter(0))

@@ -415,3 +415,18 @@ def test_five_refusals_are_the_servers_own() -> None:
     assert not record.server_refuses(NOW + hours(6))
     record.add_success(NOW)
     assert not record.server_refuses(NOW)
+
+
+def test_a_retry_that_a_wrong_clock_noted_is_due() -> None:
+    """Further off than any back-off can be: a clock was ahead when it failed."""
+    row = Checkpoint(TinkerPath("r", "weights", "a"), NOW, 1)
+
+    def waits(trouble: Trouble, ahead: timedelta) -> bool:
+        failed = Failure(row.path, row.time, 1, trouble, 1, "cut", NOW, NOW + ahead)
+        plan = plan_transfers([row], Known(failures={row.path: failed}), Selection(), now=NOW)
+        return not plan.transfers
+
+    assert waits(Trouble.FAILING, timedelta(hours=6))
+    assert not waits(Trouble.FAILING, timedelta(days=300))
+    assert waits(Trouble.NOT_SERVED, timedelta(hours=24))
+    assert not waits(Trouble.NOT_SERVED, timedelta(days=300))

@@ -442,3 +442,97 @@ def test_a_state_directory_that_is_gone_for_a_while(site: Site) -> None:
         service.until(lambda: replicas(site) == {"000000", "000001"}, 60)
         assert service.end()[0] == 0
         assert "Traceback" not in service.log
+
+
+# What is no longer what was opened
+
+
+@pytest.mark.parametrize("what", ["root", "lock", "catalog", "damage"])
+def test_it_ends_when_the_ground_is_gone_and_writes_nothing_more(site: Site, what: str) -> None:
+    """An unmounted or moved root, a deleted lock, a deleted or broken catalog: exit 1, and the next start mends it."""
+    site.sandbox.account.add(RUN, "000000", payload=adapter(0))
+    state, aside = site.root / ".tinker-sync", site.home / "aside"
+    with serving(site) as service:
+        service.until(lambda: replicas(site) == {"000000"})
+        if what == "root":
+            site.root.rename(aside)
+            site.root.mkdir(mode=0o700)
+        elif what == "lock":
+            (state / "lock").unlink()
+        elif what == "catalog":
+            (state / "catalog.db").unlink()
+        else:
+            for suffix in ("", "-wal", "-shm"):
+                with (state / f"catalog.db{suffix}").open("r+b") as file:
+                    file.write(b"nonsense" * 1000)
+        site.sandbox.account.add(RUN, "000001", payload=adapter(1))
+        assert service.process.wait(20) == 1
+        assert "Traceback" not in service.log
+        words = {
+            "root": "no longer the directory",
+            "lock": "lock file",
+            "catalog": "deleted or replaced",
+            "damage": "damaged",
+        }
+        assert words[what] in service.log
+    if what == "root":
+        assert list(site.root.iterdir()) == []
+        site.root.rmdir()
+        aside.rename(site.root)
+    with serving(site) as service:
+        service.until(lambda: replicas(site) == {"000000", "000001"})
+        assert service.end()[0] == 0
+    document = json.loads(run(["--config", str(site.home / "config.toml"), "verify", "--json"], check=0).stdout)
+    assert document["ok"] == 2
+
+
+def test_a_pipe_for_a_file_is_refused_and_does_not_hang(site: Site) -> None:
+    """As configuration on a reload, and as a key file at the start."""
+    config = site.home / "config.toml"
+    with serving(site) as service:
+        service.until(lambda: any("listed" in line for line in service.hear()))
+        good = config.read_text()
+        config.unlink()
+        os.mkfifo(config)
+        service.process.send_signal(signal.SIGHUP)
+        service.until(lambda: "no regular file" in service.log)
+        config.unlink()
+        config.write_text(good.replace('"1s"', '"2s"'))
+        service.until(lambda: "config.reloaded" in service.log)
+        code, seconds = service.end()
+        assert (code, seconds < 6) == (0, True)
+    (site.home / "pipe").unlink(missing_ok=True)
+    os.mkfifo(site.home / "pipe")
+    key = f"{site.home / 'pipe'}"
+    with serving(site, TINKER_SYNC__TINKER__API_KEY_FILE=key) as service:
+        service.until(lambda: "no regular file" in service.log)
+        assert service.end()[0] == 0
+
+
+def test_signals_while_it_starts(site: Site) -> None:
+    """A server that says nothing: SIGHUP kills nobody, SIGTERM is a stop like any other."""
+    site.sandbox.faults.append(Fault("any", "stall", seconds=60))
+    with socket.socket() as mute:
+        mute.bind(("127.0.0.1", 0))
+        mute.listen()
+        url = f"http://127.0.0.1:{mute.getsockname()[1]}/services/x"
+        with serving(site, TINKER_SYNC__TINKER__BASE_URL=url) as service, mute.accept()[0]:
+            service.process.send_signal(signal.SIGHUP)
+            time.sleep(0.3)
+            code, seconds = service.end()
+    assert (code, seconds < 5) == (0, True)
+
+
+def test_a_link_that_is_switched_is_a_change(site: Site) -> None:
+    """As configuration management and Kubernetes do it; and later edits of what it points to now."""
+    with serving(site) as service:
+        service.until(lambda: any("listed" in line for line in service.hear()))
+        config, second = site.home / "config.toml", site.home / "v2" / "config.toml"
+        second.parent.mkdir()
+        second.write_text(config.read_text().replace('"1s"', '"2s"'))
+        (site.home / "link").symlink_to(second)
+        (site.home / "link").rename(config)
+        service.until(lambda: service.log.count("config.reloaded") == 1)
+        second.write_text(second.read_text().replace('"2s"', '"3s"'))
+        service.until(lambda: service.log.count("config.reloaded") == 2)
+        assert service.end()[0] == 0

@@ -667,6 +667,9 @@ def load_settings(explicit: Path | None = None, *, root: Path | None = None) -> 
 
 def _read(path: Path) -> str:
     try:
+        if path.exists() and not path.is_file():
+            message = f"the configuration file {path} is no regular file"
+            raise ConfigInvalid(message)
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"

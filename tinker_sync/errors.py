@@ -5,6 +5,7 @@ TinkerSyncError
 │   ├── ConfigInvalid           the configuration file, the environment or an option
 │   └── WrongRoot               this root belongs to another account, user or mount
 ├── RootBusy                    another process holds the root; exit 4
+├── RootLost                    what was opened is no longer there: unmounted, moved, deleted; end, and open anew
 ├── ServiceTrouble              the whole service: wait, then ask again; exit 3
 │   ├── Unreachable             no answer: DNS, connect, TLS, timeout, a cut answer
 │   ├── Overloaded              429 and 5xx after all retries
@@ -63,6 +64,10 @@ class RootBusy(TinkerSyncError):
     """Another process holds the lock of this root."""
 
     exit_code = 4
+
+
+class RootLost(TinkerSyncError):
+    """Root, lock or catalog are no longer what was opened: nothing more may be written there."""
 
 
 class ServiceTrouble(TinkerSyncError):

@@ -265,7 +265,8 @@ def _lost(document: Mapping[str, Any]) -> str | None:
 
 def _silence(last: Mapping[str, Any], now: datetime, silence: timedelta, begun_at: datetime | None) -> str | None:
     listed = last.get("listed_at")
-    since = parse_time(listed) if listed else begun_at
+    begun = last.get("begun_at")
+    since = parse_time(listed) if listed else parse_time(begun) if begun else begun_at
     if since is None or now - since <= silence:
         return None
     why = f"; the last try ended with: {last['service_error']}" if last.get("service_error") else ""

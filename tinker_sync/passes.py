@@ -933,6 +933,7 @@ class Mirror:
             now = {**_summary(self.result, self._clock.now()), **self.remarks}
             proven = None if self.proven_at is None else rfc3339(self.proven_at)
             now["listed_at"] = proven or before.get("listed_at")
+            now["begun_at"] = before.get("begun_at") or now["at"]
             if keep_enforced:
                 now |= {key: before[key] for key in _ENFORCED if key in before}
             await self._index(lambda: self._catalog.save_pass(now))
@@ -954,7 +955,8 @@ def failed_pass(error: ServiceTrouble, before: Mapping[str, object] | None) -> d
     """What `status` is to say of a pass that could not even begin, after the pass `before`."""
     refused = isinstance(error, CredentialMissing | CredentialRefused)
     now = _summary(PassResult(service_error=str(error), credential_refused=refused), datetime.now(UTC))
-    return {**now, "listed_at": (before or {}).get("listed_at")}
+    kept = before or {}
+    return {**now, "listed_at": kept.get("listed_at"), "begun_at": kept.get("begun_at") or now["at"]}
 
 
 def _summary(result: PassResult, now: datetime) -> dict[str, object]:

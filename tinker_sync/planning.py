@@ -126,7 +126,7 @@ def plan_transfers(
         failure = known.failures.get(path)
         if failure is not None and not failure.identity.matches(identity):
             failure = None
-        if reason is None and failure is not None and failure.retry_at > now:
+        if reason is None and failure is not None and _must_wait(failure, now):
             if failure.trouble is Trouble.NOT_SERVED:
                 reason = failure.error
             else:
@@ -148,6 +148,12 @@ def plan_transfers(
         )
     transfers.sort(key=lambda transfer: (transfer.priority, transfer.path))
     return TransferPlan(tuple(transfers), tuple(waiting), tuple(skipped), tuple(mirrored), short_lived)
+
+
+def _must_wait(failure: Failure, now: datetime) -> bool:
+    """Its time has not come; one that is further off than any back-off was noted by a clock that was wrong."""
+    longest = NOT_SERVED_RETRY if failure.trouble is Trouble.NOT_SERVED else LONGEST_RETRY
+    return now < failure.retry_at <= now + longest
 
 
 def is_short_lived(checkpoint: Checkpoint, known: Known, short_ttl: timedelta) -> bool:

@@ -35,7 +35,7 @@ from tinker_sync.destination.safeguards import FileSafeguards, read_pins
 from tinker_sync.destination.space import SpaceLedger
 from tinker_sync.destination.surroundings import look_around
 from tinker_sync.enforcement import EnforcementSettings, Enforcer
-from tinker_sync.errors import ConfigInvalid, DiskTrouble, TinkerSyncError, WrongRoot
+from tinker_sync.errors import ConfigInvalid, DiskTrouble, RootLost, TinkerSyncError, WrongRoot
 from tinker_sync.inventory import Holdings, pin_matcher
 from tinker_sync.journal import Journal, end_of, last_events, read_events
 from tinker_sync.model.events import EVENT_KINDS
@@ -127,6 +127,20 @@ class OpenRoot:
     safeguards: FileSafeguards
     facts: RootFacts
     lock: RootLock
+    catalog_file: Path
+
+    def check(self) -> None:
+        """Whether root, lock and catalog are still what was opened. Raises RootLost. Blocking."""
+        try:
+            self.tree.check()
+        except DiskTrouble as error:
+            raise RootLost(str(error)) from error
+        if not self.lock.is_held:
+            message = "the lock file was deleted or replaced: another process could write here too"
+            raise RootLost(message)
+        if not self.catalog.is_in_place(self.catalog_file):
+            message = f"{self.catalog_file} was deleted or replaced: the next start rebuilds it"
+            raise RootLost(message)
 
 
 @asynccontextmanager
@@ -296,7 +310,7 @@ def open_root(
                 if committed.superseded is not None:
                     catalog.replace_superseded(committed.replica.path, committed.superseded)
                 log.info("stage.recovered", checkpoint=str(committed.replica.path))
-            yield OpenRoot(tree, catalog, journal, safeguards, facts, lock)
+            yield OpenRoot(tree, catalog, journal, safeguards, facts, lock, state / CATALOG_FILE)
 
 
 def _take_up(catalog: SqlCatalog, state: Path) -> None:

@@ -282,6 +282,9 @@ def _clean(text: str, whence: str) -> SecretStr:
 
 def _read_text(path: Path) -> str:
     try:
+        if path.exists() and not path.is_file():
+            message = f"the key file {path} is no regular file"
+            raise CredentialMissing(message)
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a text file"

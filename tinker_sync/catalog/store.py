@@ -66,6 +66,7 @@ class SqlCatalog:
         reader opens the catalog for one look."""
         self._deeds: dict[DeedKey, Deed] | None = None
         self._generation = 0
+        self._file: tuple[int, int] | None = None
 
     @classmethod
     def open(cls, path: Path, *, read_only: bool = False, network: bool = False) -> Self:
@@ -100,6 +101,8 @@ class SqlCatalog:
             catalog._check(read_only=read_only)
             if not read_only:
                 path.chmod(0o600)
+                found = path.stat()
+                catalog._file = (found.st_dev, found.st_ino)
         except OSError as error:
             engine.dispose()
             raise _unusable(error) from error
@@ -107,6 +110,14 @@ class SqlCatalog:
             engine.dispose()
             raise
         return catalog
+
+    def is_in_place(self, path: Path) -> bool:
+        """Whether the file at `path` is still the one that was opened."""
+        try:
+            found = path.stat()
+        except OSError:
+            return False
+        return self._file is None or (found.st_dev, found.st_ino) == self._file
 
     @contextmanager
     def _begin(self) -> Iterator[Connection]:

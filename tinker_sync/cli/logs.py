@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
+from tinker_sync.errors import place_of
+from tinker_sync.model.news import News
+
 if TYPE_CHECKING:
     from collections.abc import MutableMapping
 
@@ -24,6 +27,7 @@ def set_up_logging(level: str, style: str) -> None:
 
     `sys.stderr` is looked up for each line: while bars are drawn it is a proxy that puts lines above them.
     """
+    _take_in_libraries()
     chosen = style if style != "auto" else "console" if sys.stderr.isatty() else "plain"
     processors: list[Any] = [
         structlog.contextvars.merge_contextvars,
@@ -50,6 +54,31 @@ def set_up_logging(level: str, style: str) -> None:
         logger_factory=lambda *_: structlog.PrintLogger(sys.stderr),
         cache_logger_on_first_use=False,
     )
+
+
+class _OneLine(logging.Handler):
+    """What libraries log, as a line of ours: without traceback, whose variables and texts could hold a secret."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._news = News()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """One record."""
+        error = record.exc_info[1] if record.exc_info else None
+        more = {} if error is None else {"error": type(error).__name__, "at": place_of(error)}
+        words = record.getMessage().splitlines()[0] if record.name == "asyncio" else "a request could not be answered"
+        if self._news.is_new(record.name, f"{words} {more}"):  # some repeat themselves a thousand times a second
+            structlog.get_logger().warning("library.trouble", library=record.name, said=words[:200], **more)
+
+
+def _take_in_libraries() -> None:
+    for name, level in (("asyncio", logging.ERROR), ("aiohttp.server", logging.CRITICAL)):
+        logger = logging.getLogger(name)
+        logger.setLevel(level)
+        logger.propagate = False
+        if not any(isinstance(handler, _OneLine) for handler in logger.handlers):
+            logger.addHandler(_OneLine())
 
 
 def _printable_values(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:

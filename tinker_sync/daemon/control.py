@@ -76,16 +76,17 @@ class Control:
         try:
             document = await request.json()
             paths = [TinkerPath.parse(text) for text in document["paths"]]
-        except (ValueError, KeyError, TypeError, AttributeError, PathInvalid) as error:
-            return web.json_response({"error": f"no list of tinker paths: {error}", "exit_code": 2}, status=400)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError, PathInvalid) as error:
+            said = str(error)[:300]
+            return web.json_response({"error": f"no list of tinker paths: {said}", "exit_code": 2}, status=400)
         log.info("control.asked", what=request.path.strip("/"), checkpoints=len(paths))
         answer = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
-        await answer.prepare(request)
         feed = Feed()
         self._reporters.add(feed)
         # In the service's own group: it goes on when the one who asked has gone.
         doing = self._group.create_task(_outcome(work(paths, feed.say)))
         try:
+            await answer.prepare(request)
             while not doing.done():
                 await asyncio.wait([doing], timeout=_EVERY)
                 await _write(answer, feed.take())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import resource
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ import watchfiles
 
 from tinker_sync import __version__
 from tinker_sync.activity import Activity, Reporters, Vitals
+from tinker_sync.catalog.store import CatalogDamaged
 from tinker_sync.config import find_config, load_settings, reload_difference, reloaded, retention_difference
 from tinker_sync.daemon.control import Control, control_address, controlled
 from tinker_sync.daemon.schedule import Backoff
@@ -31,6 +33,7 @@ from tinker_sync.errors import (
     CredentialMissing,
     CredentialRefused,
     FixFirst,
+    RootLost,
     ServiceTrouble,
     TinkerSyncError,
 )
@@ -76,6 +79,8 @@ log = structlog.get_logger()
 
 STILL: Final = 2.0
 """Seconds for which a changed configuration file must be still before it is read."""
+CONFIG_LOOK: Final = 10.0
+"""Seconds between two looks at the file when nothing was seen to happen."""
 SCRUB_IDLE: Final = 600.0
 """Seconds until it is looked again whether a replica is due to be read."""
 SCRUB_SHARE: Final = 4.0
@@ -88,6 +93,8 @@ DESCRIBE_EVERY: Final = 2.0
 """Seconds between two looks at what is to be said in the status line."""
 CREDENTIAL_LOOK: Final = 5.0
 """Seconds between two looks at whether a refused credential was replaced."""
+ACCOUNT_MOST: Final = 20.0
+"""Seconds that the start waits for the service to say whose account it is."""
 LISTEN_AGAIN: Final = 60.0
 """Seconds until an address that is taken is tried again."""
 LAST_WORDS: Final = 1.5
@@ -178,7 +185,7 @@ class Service:
         except BaseExceptionGroup as several:
             raise first_of(several) from None
         finally:
-            self._loop.remove_signal_handler(signal.SIGHUP)
+            self._loop.add_signal_handler(signal.SIGHUP, _ignore)  # it must not kill what is being closed
             self._supervisor.stopping()
             log.info("service.stopped")
 
@@ -191,9 +198,10 @@ class Service:
             self._polling = True
             error: TinkerSyncError | None = None
             try:
+                await asyncio.to_thread(self._parts.root.check)
                 await self._mirror.poll()
-            except FixFirst:
-                raise
+            except (FixFirst, RootLost, CatalogDamaged):
+                raise  # the next start puts it right, or says what a person must do
             except TinkerSyncError as trouble:
                 error = trouble
             except Exception as bug:  # noqa: BLE001 - a bug that a poll meets ends no transfer
@@ -372,8 +380,8 @@ class Service:
                 async with listening(site, *address) as url:
                     log.info("status.listening", url=url)
                     await asyncio.Event().wait()
-            except OSError as error:
-                reason = error.strerror or str(error)
+            except (OSError, UnicodeError) as error:
+                reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
                 if news.is_new("listen", reason):
                     log.error("status.unavailable", listen=self._settings.status.listen, error=reason)  # noqa: TRY400
                 await asyncio.sleep(LISTEN_AGAIN)
@@ -458,20 +466,37 @@ class Service:
             self._group.create_task(self._reload(retention_too=True))
 
     async def _watch_config(self, config: Path) -> None:
-        """The directory, not the file: editors replace it. Where inotify fails, its times are looked at instead."""
-        resolved = await asyncio.to_thread(config.resolve)
-        names = {config.name, resolved.name}
-        directories = {config.parent, resolved.parent}
-        try:
-            async for changes in watchfiles.awatch(
-                *directories, recursive=False, step=int(STILL * 1000), debounce=int(STILL * 2000), rust_timeout=3000
-            ):
-                if any(path.rpartition("/")[2] in names for _, path in changes):
-                    await self._reload(retention_too=False)
-        except (OSError, RuntimeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else type(error).__name__
-            log.warning("config.unwatched", error=reason, hint="its time is looked at instead")
-        await self._look_at_config(config)
+        """The directory, not the file: editors replace it. Where inotify fails, its times are looked at instead.
+
+        A look at the file's own times decides, now and then also without an event: links and whole directories can be
+        exchanged where nobody watches.
+        """
+        read = await asyncio.to_thread(_stamp, config)
+        while True:
+            resolved = await asyncio.to_thread(config.resolve)
+            directories = {path.parent for path in (config, resolved) if path.parent.is_dir()}
+            if not directories:
+                await asyncio.sleep(CONFIG_LOOK)
+                continue
+            try:
+                async for _ in watchfiles.awatch(
+                    *directories,
+                    recursive=False,
+                    step=int(STILL * 1000),
+                    debounce=int(STILL * 2000),
+                    rust_timeout=int(CONFIG_LOOK * 1000),
+                    yield_on_timeout=True,
+                ):
+                    seen = await asyncio.to_thread(_stamp, config)
+                    if seen != read:
+                        read = seen
+                        if seen is not None:
+                            await self._reload(retention_too=False)
+                        break  # what was watched may have been replaced
+            except (OSError, RuntimeError) as error:
+                reason = error.strerror if isinstance(error, OSError) else type(error).__name__
+                log.warning("config.unwatched", error=reason, hint="its time is looked at instead")
+                await self._look_at_config(config)
 
     async def _look_at_config(self, config: Path) -> None:
         """A stat now and then; what changed is read when it has been still for a while."""
@@ -537,14 +562,26 @@ class Service:
 
 async def run(settings: Settings, config: Path | None, root_option: Path | None, supervisor: Supervisor) -> int:
     """Open everything, and serve until cancelled; returns 0."""
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, _ignore)
     read_token(settings)  # a page that cannot be protected is found out now
+    _take_descriptors()
+    with suppress(asyncio.CancelledError):
+        await _run(settings, config, root_option, supervisor)
+    return 0
+
+
+async def _run(settings: Settings, config: Path | None, root_option: Path | None, supervisor: Supervisor) -> None:
     activity = Activity(SYSTEM_CLOCK.now)
     vitals = Vitals(SYSTEM_CLOCK.now())
     async with open_service(settings, observed=activity.asked) as service:
         try:
-            await service.credentials.headers()
-        except ServiceTrouble as error:
-            log.warning("credential.trouble", error=str(error))  # the loop tries again, and says so
+            with supervisor.taking_long():
+                async with asyncio.timeout(ACCOUNT_MOST):
+                    await service.credentials.headers()  # also tells whose account it is
+        except FixFirst:
+            raise
+        except (TinkerSyncError, TimeoutError) as error:  # the loop tries again, and says so
+            log.warning("credential.trouble", error=str(error) or f"no answer within {ACCOUNT_MOST:.0f} s")
         with (
             _opened(settings, service.credentials.account, supervisor) as root,
             ThreadPoolExecutor(1, thread_name_prefix="scrub", initializer=_step_back) as readers,
@@ -581,9 +618,8 @@ async def run(settings: Settings, config: Path | None, root_option: Path | None,
                     )
                     serving = Service(parts, settings, find_config(config), root_option, supervisor)
                     activity.on_request = serving.progressed
-                    with suppress(asyncio.CancelledError):
+                    with suppress(asyncio.CancelledError):  # what is open is closed in peace
                         await serving.run()
-    return 0
 
 
 @contextmanager
@@ -597,6 +633,17 @@ def _opened(settings: Settings, account: str | None, supervisor: Supervisor) -> 
 
 def _say_planned(say: Callable[[Mapping[str, Any]], None], transfers: int, total_bytes: int) -> None:
     say({"event": "planned", "transfers": transfers, "bytes": total_bytes})
+
+
+def _ignore() -> None:
+    """Nothing to reload yet, or any more."""
+
+
+def _take_descriptors() -> None:
+    """As many as this process may have: who connects to the page must not take them from the mirror."""
+    with suppress(OSError, ValueError):
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:

@@ -94,6 +94,7 @@ class LocalTree:
         self._options = options
         self._space = space
         self.now = now
+        self._anchor = _place(root)
         self._emptying = threading.Lock()
         space.reclaim = self._reclaim
         self._renames = threading.Lock()
@@ -114,6 +115,7 @@ class LocalTree:
 
     def open_stage(self, path: TinkerPath, expected_bytes: int | None) -> LocalStage:
         """Reserve space and make a stage. Raises NoSpace, DiskTrouble."""
+        self.check()
         reservation = self._space.reserve(expected_bytes)
         try:
             with disk_errors("cannot make a stage in", self.root):
@@ -123,6 +125,12 @@ class LocalTree:
             reservation.release()
             raise
         return LocalStage(self, path, home, reservation)
+
+    def check(self) -> None:
+        """Whether the root is the directory that was opened. Raises DiskTrouble: what is below it now is not the mirror."""
+        if self._anchor is not None and _place(self.root) != self._anchor:
+            message = f"{self.root} is no longer the directory that was opened: it was unmounted, moved or deleted"
+            raise DiskTrouble(message)
 
     def room_for(self, size: int) -> bool:
         """Whether that many more bytes would fit now."""
@@ -604,6 +612,14 @@ def _whole_stage(home: Path) -> Path | None:
     return None
 
 
+def _place(path: Path) -> tuple[int, int] | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
 def _subdirectories(path: Path) -> list[Path]:
     try:
         with os.scandir(path) as entries:
@@ -618,13 +634,14 @@ def _subdirectories(path: Path) -> list[Path]:
 
 
 def _remove_tree(path: Path) -> None:
-    def make_writable(function: Callable[[str], Any], name: str, _: BaseException) -> None:
+    def make_writable(_: Callable[..., Any], name: str, __: object) -> None:
         with suppress(OSError):
             os.chmod(os.path.dirname(name), 0o700)
-            function(name)
+            os.chmod(name, 0o700)
 
-    with suppress(OSError, RecursionError):
-        shutil.rmtree(path, ignore_errors=False, onerror=lambda f, n, e: make_writable(f, n, e[1]))
+    for _ in range(2):  # once more, with what stood in the way made writable
+        with suppress(OSError, RecursionError):
+            shutil.rmtree(path, ignore_errors=False, onerror=make_writable)
 
 
 def _readable(component: str) -> str:

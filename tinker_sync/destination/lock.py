@@ -59,6 +59,15 @@ class RootLock:
         self._note(None)
         return self
 
+    @property
+    def is_held(self) -> bool:
+        """Whether the file under the lock's name is still the one that is locked: else another process could lock its own."""
+        try:
+            there, mine = os.stat(self._path), os.fstat(self._descriptor)
+        except OSError:
+            return False
+        return (there.st_dev, there.st_ino) == (mine.st_dev, mine.st_ino)
+
     def announce(self, control: Path) -> None:
         """Say where the holder can be asked."""
         self._note(str(control))

@@ -104,6 +104,8 @@ class Hooks:
                 program = self._programs.get(event.kind)
                 if program is not None:
                     await self._run(program, event)
+            except OSError as error:  # no descriptors left, say
+                log.warning("hook.failed", hook=event.kind, checkpoint=str(event.path), error=error.strerror)
             finally:
                 self._queue.task_done()
 

@@ -57,6 +57,8 @@ class Messenger:
         self._resting = False
         """Between two heartbeats: whoever leaves does not wait for the next."""
         self._news = News()
+        self._stuck: list[Any] = []
+        """Channels whose thread has not come back; no other is started for them."""
         self.configure(urls, heartbeat_url)
 
     def configure(self, urls: Sequence[str], heartbeat_url: str | None) -> None:
@@ -84,6 +86,11 @@ class Messenger:
             await asyncio.gather(*self._tasks, return_exceptions=True)
             if self._waiting:
                 log.warning("notify.left", messages=len(self._waiting))
+
+    @property
+    def reaches_somebody(self) -> bool:
+        """Whether there is any channel."""
+        return bool(self._channels)
 
     def send(self, message: Message, delivered: Callable[[], Awaitable[None]]) -> None:
         """Queue it; `delivered` is called when a channel took it."""
@@ -129,9 +136,12 @@ class Messenger:
         """To all channels, each by itself: whether at least one took it. A broken one does not make the others repeat."""
         took = []
         for number, channel in enumerate(self._channels, start=1):
+            if channel in self._stuck:
+                took.append(False)
+                continue
             try:
                 async with asyncio.timeout(_SEND_MOST):
-                    good = await _in_a_thread(_notify, channel, message)
+                    good = await self._in_a_thread(channel, message)
             except TimeoutError:
                 good = False
             took.append(good)
@@ -140,6 +150,25 @@ class Messenger:
             elif self._news.is_new(f"channel {number}", "failed"):
                 log.warning("notify.channel_failed", url=f"number {number} of [notify] urls", about=message.kind)
         return any(took) or not took
+
+    async def _in_a_thread(self, channel: Any, message: Message) -> bool:
+        """In a thread of its own that nobody waits for at the exit: a channel can hang for longer than a stop may take."""
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[bool] = loop.create_future()
+        self._stuck.append(channel)
+
+        def finish(result: bool) -> None:  # noqa: FBT001 - called by the loop
+            self._stuck.remove(channel)
+            if not done.done():
+                done.set_result(result)
+
+        def run() -> None:
+            result = _notify(channel, message)
+            with suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(finish, result)
+
+        threading.Thread(target=run, name="notify", daemon=True).start()
+        return await done
 
     async def _beat_on(self) -> None:
         async with Pinger(self._user_agent) as pinger:
@@ -191,21 +220,3 @@ def _notify(channel: Any, message: Message) -> bool:
         return bool(channel.notify(title=message.title, body=message.body))
     except Exception:  # noqa: BLE001 - a channel's bug, and its text can hold a password
         return False
-
-
-async def _in_a_thread(work: Callable[..., bool], *arguments: Any) -> bool:
-    """In a thread of its own that nobody waits for at the exit: a channel can hang for longer than a stop may take."""
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[bool] = loop.create_future()
-
-    def finish(result: bool) -> None:  # noqa: FBT001 - called by the loop
-        if not done.done():
-            done.set_result(result)
-
-    def run() -> None:
-        result = work(*arguments)
-        with suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(finish, result)
-
-    threading.Thread(target=run, name="notify", daemon=True).start()
-    return await done

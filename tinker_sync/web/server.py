@@ -82,7 +82,7 @@ class StatusSite:
         app.router.add_get("/metrics", self._metrics_text)
         app.router.add_get("/status.json", self._status)
         app.router.add_get("/", self._page)
-        app.router.add_get("/runs/{run_id}", self._run)
+        app.router.add_get("/runs/{run_id:[^/]+}", self._run)
         return app
 
     # Who may ask
