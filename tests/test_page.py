@@ -6,7 +6,9 @@ import base64
 import json
 import platform
 import re
+import socket
 import time
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -219,6 +221,27 @@ def test_who_may_ask(site: Site) -> None:
                 assert found == expected or (path == "readyz" and status == 200 and found in (200, 503)), (header, path)
             assert httpx.get(f"{url}healthz", headers=headers).status_code == 200
         assert service.end()[0] == 0
+
+
+def test_who_only_connects_takes_nothing_from_the_mirror(site: Site) -> None:
+    """Hundreds of silent connections, and requests that never end: few are held, and what is new is copied."""
+    with serving(site, LISTENING) as service:
+        url = httpx.URL(address(service))
+        quiet = [socket.create_connection(("127.0.0.1", url.port)) for _ in range(300)]
+        try:
+            for one in quiet[::2]:
+                with suppress(OSError):
+                    one.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nX: ")
+            site.sandbox.account.add(RUN, "000000", payload=adapter(0))
+            service.until(lambda: replicas(site) == {"000000"})
+            assert len(list(Path(f"/proc/{service.process.pid}/fd").iterdir())) < 150
+        finally:
+            for one in quiet:
+                one.close()
+        service.until(lambda: httpx.get(f"{url}healthz").status_code == 200)
+        code, seconds = service.end()
+        assert (code, seconds < 8) == (0, True)
+        assert "Traceback" not in service.log
 
 
 @pytest.mark.parametrize(

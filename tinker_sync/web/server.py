@@ -38,6 +38,10 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
+CONNECTIONS_MOST: Final = 64
+CONNECTION_LIFE: Final = 60.0
+"""Seconds; a browser or a scraper opens another."""
+KEEP_ALIVE: Final = 15.0
 _TEMPLATES: Final = Path(__file__).parent / "templates"
 _HEADERS: Final = {
     "X-Content-Type-Options": "nosniff",
@@ -176,15 +180,62 @@ class StatusSite:
 @asynccontextmanager
 async def listening(site: StatusSite, host: str, port: int) -> AsyncIterator[str]:
     """Answer on this address; gives the URL, with the port that it really is. Raises OSError."""
-    runner = web.AppRunner(site.app(), access_log=None, shutdown_timeout=0.05, handle_signals=False)
+    runner = web.AppRunner(
+        site.app(), access_log=None, shutdown_timeout=0.05, handle_signals=False, keepalive_timeout=KEEP_ALIVE
+    )
     await runner.setup()
+    connections: set[_Gate] = set()
+    server = None
     try:
-        await web.TCPSite(runner, host, port).start()
-        bound = runner.addresses[0]
+        answer = runner.server
+        assert answer is not None  # noqa: S101 - it was set up
+        server = await asyncio.get_running_loop().create_server(lambda: _Gate(answer(), connections), host, port)
+        bound = server.sockets[0].getsockname()
         shown = f"[{bound[0]}]" if ":" in bound[0] else bound[0]
         yield f"http://{shown}:{bound[1]}/"
     finally:
+        if server is not None:
+            server.close()
         await runner.cleanup()
+
+
+class _Gate(asyncio.Protocol):
+    """One connection to the page: at most so many at a time, and none for long, whatever comes over it.
+
+    aiohttp waits for ever for a request that somebody began, and descriptors are needed for mirroring.
+    """
+
+    def __init__(self, inner: asyncio.Protocol, others: set[_Gate]) -> None:
+        self._inner = inner
+        self._others = others
+        self._end: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        if len(self._others) >= CONNECTIONS_MOST:
+            transport.close()
+            return
+        self._others.add(self)
+        self._end = asyncio.get_running_loop().call_later(CONNECTION_LIFE, transport.close)
+        self._inner.connection_made(transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._end is not None:
+            self._end.cancel()
+            self._others.discard(self)
+            self._inner.connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._end is not None:
+            self._inner.data_received(data)
+
+    def eof_received(self) -> bool | None:
+        return self._inner.eof_received() if self._end is not None else None
+
+    def pause_writing(self) -> None:
+        self._inner.pause_writing()
+
+    def resume_writing(self) -> None:
+        self._inner.resume_writing()
 
 
 def _digest(text: str) -> str:
