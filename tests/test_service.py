@@ -11,7 +11,8 @@ import sqlite3
 import subprocess
 import time
 from contextlib import contextmanager
-from datetime import timedelta
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ from tinker_sync.daemon.schedule import Backoff
 from tinker_sync.daemon.service import Beats, Service
 from tinker_sync.daemon.supervisor import Supervisor
 from tinker_sync.errors import CredentialRefused, Overloaded, Unreachable
-from tinker_sync.sandbox import Fault, adapter
+from tinker_sync.sandbox import Fault, Sandbox, adapter
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
@@ -37,6 +38,12 @@ QUICK = '[poll]\ninterval = "1s"\n'
 def site(outside: Site) -> Site:
     """The service is a process of its own."""
     return outside
+
+
+@pytest.fixture
+def site_inside(sandbox: Sandbox, tmp_path: Path) -> Site:
+    """For tests that look inside, in this process."""
+    return Site(sandbox, tmp_path)
 
 
 class Running:
@@ -482,8 +489,9 @@ def test_it_ends_when_the_ground_is_gone_and_writes_nothing_more(site: Site, wha
     with serving(site) as service:
         service.until(lambda: replicas(site) == {"000000", "000001"})
         assert service.end()[0] == 0
-    document = json.loads(run(["--config", str(site.home / "config.toml"), "verify", "--json"], check=0).stdout)
-    assert document["ok"] == 2
+    config = ["--config", str(site.home / "config.toml")]
+    run([*config, "sync"], check=0)  # adopts what was renamed and not written down when the service was ended
+    assert json.loads(run([*config, "verify", "--json"], check=0).stdout)["ok"] == 2
 
 
 def test_a_pipe_for_a_file_is_refused_and_does_not_hang(site: Site) -> None:
@@ -536,3 +544,65 @@ def test_a_link_that_is_switched_is_a_change(site: Site) -> None:
         second.write_text(second.read_text().replace('"2s"', '"3s"'))
         service.until(lambda: service.log.count("config.reloaded") == 2)
         assert service.end()[0] == 0
+
+
+# What the polls and retention leave in `status`
+
+
+async def test_retention_that_could_not_look_leaves_its_last_word(site_inside: Site) -> None:
+    """The breaker that tripped stays told when the next look at the account fails; it is no success either."""
+    site = site_inside
+    now = site.sandbox.account.now()
+    for n in range(7):
+        site.sandbox.account.add(RUN, f"{n:06}", payload=adapter(n), time=now - timedelta(days=9 - n))
+    policy = {"name": "p", "types": ["training"], "keep_last": 2}
+    site.retention = {"enforce": True, "max_deletes": 2, "remote": [policy]}
+    await site.sync()
+    async with site.opened() as mirror:
+        await mirror.poll()
+        assert await mirror.retain()
+        assert mirror._catalog.last_pass()["breaker"]["deletes"] == 5
+        mirror._listed = None
+        site.sandbox.faults.append(Fault("list", "status", status=400))
+        assert not await mirror.retain()
+        assert mirror._catalog.last_pass()["breaker"]["deletes"] == 5
+
+
+async def test_a_page_that_cannot_be_had_is_known_to_status(site_inside: Site) -> None:
+    """And its end too; the listing that was proven stays the last one."""
+    site = site_inside
+    site.tinker = {"page_size": 2}
+    for n in range(12):
+        site.sandbox.account.add(RUN, f"{n:06}", payload=adapter(1))
+    await site.sync()
+    async with site.opened() as mirror:
+        await mirror.poll()
+        assert mirror.is_large
+        key, site.sandbox.key = site.sandbox.key, "tml-another"
+        with pytest.raises(CredentialRefused):
+            await mirror.poll()
+        assert mirror._catalog.last_pass()["credential_refused"]
+        site.sandbox.key = key
+        proven = mirror.proven_at
+        await mirror.poll()
+        last = mirror._catalog.last_pass()
+        assert (last["credential_refused"], last["service_error"], mirror.proven_at) == (False, None, proven)
+
+
+async def test_what_is_still_being_copied_is_not_lost(site_inside: Site) -> None:
+    """Gone upstream and ended, in the middle of its transfer: judged when that is over."""
+    site = site_inside
+    row = site.sandbox.account.add(RUN, "a", payload=adapter(1), ttl=timedelta(days=1))
+    async with site.opened() as mirror:
+        await mirror.poll()
+        (transfer,) = mirror._queue.pending()
+        ended = replace(mirror.rows[row.path], expires_at=datetime.now(UTC) - timedelta(seconds=1))
+        mirror._running[row.path] = transfer
+        mirror._undecided = [ended]
+        await mirror._note_lost(mirror._catalog.known())
+        assert mirror._catalog.lost() == []
+        del mirror._running[row.path]
+        await mirror._note_lost(mirror._catalog.known())
+        assert [path for path, _ in mirror._catalog.lost()] == [row.path]
+        await mirror.fetch([row.path])
+        assert mirror._catalog.lost() == []  # it came after all

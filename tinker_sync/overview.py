@@ -227,6 +227,7 @@ def alarms(
         "disk:min_free": f"{document['free_bytes']:,} bytes are free, [mirror] min_free is {document['min_free']:,}"
         if is_full(document)
         else None,
+        "disk:trouble": f"copies cannot be written: {last['disk_error']}" if last.get("disk_error") else None,
         "disk:max_bytes": f"[mirror] max_bytes has no room for {last['no_room']} checkpoints, and what is here must stay"
         if last.get("no_room")
         else None,

@@ -234,6 +234,11 @@ class Mirror:
         self._shown = PassResult()
         """The last poll that was finished, for those who look meanwhile."""
         self._replan_at = float("-inf")
+        self._page_failed = False
+        self._undecided: list[Checkpoint] = []
+        """Gone upstream while they were being copied."""
+        self._disk_error: str | None = None
+        """Why the last transfer that met the disk's end failed, until one succeeds."""
         self._news = News()
         self.proven_at: datetime | None = None
         """When the account was last listed completely."""
@@ -292,7 +297,7 @@ class Mirror:
         """
         begun = self._clock.monotonic()
         if begun - self._listed_at < self._settings.full_interval and self.is_large:
-            await self._peek()
+            await self._look_at_one_page()
             return self._shown
         self.result = PassResult(enforced=self._enforcer.result)
         try:
@@ -312,14 +317,20 @@ class Mirror:
             self._changed.set()
         return self.result
 
-    async def retain(self) -> None:
-        """Retention of the service, beside polls and transfers. Raises nothing that a later pass can mend."""
+    async def retain(self) -> bool:
+        """Retention of the service, beside polls and transfers: whether it ran, and well.
+
+        What it came to the last time stays as it was told when it could decide nothing. Raises nothing that a later pass
+        can mend.
+        """
         self.retention_due = False
         enforced = self.result.enforced = self._enforcer.renew()
         try:
-            await self._retain(apply=self._settings.enforce)
+            if not await self._retain(apply=self._settings.enforce):
+                return False
         except ServiceTrouble as trouble:  # the polls tell of it
             log.warning("retention.interrupted", error=str(trouble))
+            return False
         except TinkerSyncError as trouble:
             enforced.error = str(trouble)
             if self._news.is_new("retention", enforced.error):
@@ -327,6 +338,7 @@ class Mirror:
         else:
             self._news.over("retention")
         await self._save_enforced()
+        return enforced.error is None
 
     @property
     def is_large(self) -> bool:
@@ -369,6 +381,19 @@ class Mirror:
         self._enforcer.configure(enforcement)
         self._listed_at = self._replan_at = float("-inf")
         self._changed.set()
+
+    async def _look_at_one_page(self) -> None:
+        """A poll by one page; what is wrong with it is known to `status` like that of a whole one. Raises ServiceTrouble."""
+        try:
+            await self._peek()
+        except TinkerSyncError as error:
+            refused = isinstance(error, CredentialMissing | CredentialRefused)
+            await self._save_facts({"service_error": str(error), "credential_refused": refused})
+            self._page_failed = True
+            raise
+        if self._page_failed:
+            await self._save_facts({"service_error": None, "credential_refused": False})
+            self._page_failed = False
 
     async def _peek(self) -> None:
         """A large account that was listed a while ago: one page shows what is new."""
@@ -506,23 +531,21 @@ class Mirror:
 
     async def _save_enforced(self) -> None:
         """`status` tells of the last pass, and of what enforcement came to since."""
-        with suppress(TinkerSyncError):
-            before = await self._index(self._catalog.last_pass) or _summary(self.result, self._clock.now())
-            now = _summary(self.result, self._clock.now())
-            changed = {key: now[key] for key in _ENFORCED}
-            await self._index(lambda: self._catalog.save_pass({**before, **changed}))
+        now = _summary(self.result, self._clock.now())
+        await self._save_facts({key: now[key] for key in _ENFORCED})
 
     async def _survey(self) -> Listing | Sighting:
         self._listed = (self._clock.monotonic(), await self._enforcer.survey())
         return self._listed[1]
 
-    async def _retain(self, *, apply: bool, allow: int | None = None) -> None:
-        """Retention by a listing that is fresh."""
+    async def _retain(self, *, apply: bool, allow: int | None = None) -> bool:
+        """Retention by a listing that is fresh: whether there was one that proves something."""
         at, found = self._listed or (0.0, None)
         if found is None or self._clock.monotonic() - at > LISTING_HOLDS:
             found = await self._survey()
             self._note_listing(found)
         await self._enforcer.enforce(found, apply=apply, allow=allow)
+        return isinstance(found, Listing)
 
     # Polling
 
@@ -541,6 +564,8 @@ class Mirror:
         known = await self._index(self._catalog.known)
         self._note_listing(found)
         await self._note_lost(known)
+        shown = {checkpoint.path: checkpoint for checkpoint in found.checkpoints}
+        self._rows = shown if isinstance(found, Listing) else self._rows | shown
         await self._plan(found, known)
 
     async def _plan(self, found: Listing | Sighting, known: Known) -> None:
@@ -556,9 +581,8 @@ class Mirror:
             with _no_reason_not_to_copy():
                 await self._enforcer.rescue(rows)
         self._replan_at = self._clock.monotonic() + _seconds_until_news(plan, known, now)
-        shown = {checkpoint.path: checkpoint for checkpoint in found.checkpoints}
+        shown = {checkpoint.path for checkpoint in found.checkpoints}
         unseen = [] if complete else [waiting for waiting in self._queue.pending() if waiting.path not in shown]
-        self._rows = shown if complete else self._rows | shown
         self._failures = dict(known.failures)
         for transfer in plan.transfers:
             self._note_repair(transfer.path, known)
@@ -610,9 +634,12 @@ class Mirror:
 
     async def _note_lost(self, known: Known) -> None:
         """What a proven listing no longer has, was wanted, and ran out before it was copied: that is a loss."""
-        now, gone = self._clock.now(), self._enforcer.take_gone()
+        now, gone = self._clock.now(), [*self._undecided, *self._enforcer.take_gone()]
+        self._undecided = [row for row in gone if row.path in self._running]
         lost = []
         for row in gone:
+            if row.path in self._running:
+                continue  # it may come yet
             replica = known.replicas.get(row.path)
             here = replica is not None and replica.identity.matches(row.identity)
             wanted = self._settings.selection.refusal(row.path) is None
@@ -656,6 +683,7 @@ class Mirror:
 
     async def _start_what_may(self, group: asyncio.TaskGroup) -> None:
         while len(self._running) < self._settings.connections:
+            self._beat(_LOOP_MOST)
             transfer = self._queue.claim(self._may_start)
             if transfer is None:
                 return
@@ -734,6 +762,7 @@ class Mirror:
     async def _succeeded(self, transfer: Transfer, committed: Committed, seconds: float) -> None:
         replica = committed.replica
         self._pauses = 0
+        self._disk_error = None
         self._efforts.pop(transfer.path, None)
         self._repairs.pop(transfer.path, None)
         self.result.failed.pop(transfer.path, None)
@@ -847,6 +876,7 @@ class Mirror:
         path, now = transfer.path, self._clock.now()
         if isinstance(error, NotFound) and await self._is_gone(transfer):
             self.result.skipped[path] = "gone upstream while the pass ran"
+            self._rows = {known: row for known, row in self._rows.items() if known != path}  # until a listing shows it
             self._over(path, "skipped", self.result.skipped[path], 0)
             return
         reason = f"not served by this server ({error.status}), asked again in 24 h"
@@ -883,10 +913,9 @@ class Mirror:
         before = self._failures.get(transfer.path)
         known_before = before is not None and before.identity.matches(transfer.identity)
         attempts = before.attempts + 1 if before is not None and known_before else 1
-        waits = (
-            1 if isinstance(error, NoSpace | DiskTrouble) else attempts
-        )  # room comes back from one moment to the next
-        delay = retry_delay(waits, expires_at=transfer.expires_at, now=now, jitter=self._jitter())
+        if isinstance(error, NoSpace | DiskTrouble):
+            attempts, self._disk_error = 1, str(error)  # room comes back from one moment to the next
+        delay = retry_delay(attempts, expires_at=transfer.expires_at, now=now, jitter=self._jitter())
         defects = tuple(str(defect) for defect in error.defects) if isinstance(error, Defective) else ()
         quarantine = error.quarantine if isinstance(error, Defective) else ""
         failure = Failure(
@@ -928,15 +957,27 @@ class Mirror:
 
     async def _save_pass(self, *, keep_enforced: bool = False) -> None:
         """For `status`. A service's polls say nothing of retention, which runs beside them."""
+        now = {**_summary(self.result, self._clock.now()), **self.remarks, "disk_error": self._disk_error}
+        proven = None if self.proven_at is None else rfc3339(self.proven_at)
+
+        def save() -> None:
+            before = self._catalog.last_pass() or {}
+            kept = {key: before[key] for key in _ENFORCED if keep_enforced and key in before}
+            ever = {"listed_at": proven or before.get("listed_at"), "begun_at": before.get("begun_at") or now["at"]}
+            self._catalog.save_pass({**now, **kept, **ever})
+
         with suppress(TinkerSyncError):
-            before = await self._index(self._catalog.last_pass) or {}
-            now = {**_summary(self.result, self._clock.now()), **self.remarks}
-            proven = None if self.proven_at is None else rfc3339(self.proven_at)
-            now["listed_at"] = proven or before.get("listed_at")
-            now["begun_at"] = before.get("begun_at") or now["at"]
-            if keep_enforced:
-                now |= {key: before[key] for key in _ENFORCED if key in before}
-            await self._index(lambda: self._catalog.save_pass(now))
+            await self._index(save)
+
+    async def _save_facts(self, facts: Mapping[str, object]) -> None:
+        """Change these of the last summary."""
+
+        def save() -> None:
+            before = self._catalog.last_pass() or _summary(self.result, self._clock.now())
+            self._catalog.save_pass({**before, **facts})
+
+        with suppress(TinkerSyncError):
+            await self._index(save)
 
     async def _index(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._indexer, work)

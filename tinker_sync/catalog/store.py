@@ -516,9 +516,13 @@ class SqlCatalog:
             self._generation += 1
 
     def lost(self) -> list[tuple[TinkerPath, datetime]]:
-        """What ended so, the last of it."""
+        """What ended so, the last of it; not what was copied in the end."""
+        table = schema.replicas
         with self._begin() as connection:
-            return [(TinkerPath.parse(path), parse_time(at)) for path, at in _fact(connection, "lost") or []]
+            found = [(str(path), parse_time(at)) for path, at in _fact(connection, "lost") or []]
+            query = select(table.c.tinker_path).where(table.c.tinker_path.in_([path for path, _ in found]))
+            here = set(connection.execute(query).scalars()) if found else set()
+            return [(TinkerPath.parse(path), at) for path, at in found if path not in here]
 
     def told(self) -> dict[str, Any]:
         """What people were told of, as JSON."""

@@ -278,6 +278,8 @@ class Service:
             try:
                 document = await self._loop.run_in_executor(parts.teller, parts.views.read_document)
                 silence = max(self._settings.notify.silence, self._full_interval())
+                if self._vitals.polled_at is None and self._vitals.trouble is None:
+                    silence = timedelta.max  # the first poll is still under way
                 found = alarms(document, now=now, silence=silence, begun_at=self._vitals.started_at)
                 await parts.listeners.telling.tell(found, now)
             except Exception as error:  # noqa: BLE001 - see above
@@ -289,8 +291,7 @@ class Service:
         """Beside the polls: reading replicas back takes its time."""
         self._beats.expect("retention", RETAIN_MOST)
         try:
-            await self._mirror.retain()
-            if self._mirror.result.enforced.error is None:
+            if await self._mirror.retain():
                 self._vitals.retained_at = datetime.now(UTC)
         except Exception as error:  # noqa: BLE001 - a bug that retention meets ends no transfer
             log.error("retention.failed", error=str(as_bug(error)))  # noqa: TRY400 - told in words
@@ -315,8 +316,7 @@ class Service:
                     pause = (SCRUB_SHARE - 1) * (self._loop.time() - begun) + 0.05
                     if damaged:
                         self._news.set()
-                        self._mirror.replan()
-                        self._wake.set()  # the next poll copies it again
+                        self._mirror.replan()  # the next poll copies it again
             except Exception as error:  # noqa: BLE001 - what cannot be read now is read later
                 text = str(error) if isinstance(error, TinkerSyncError) else str(as_bug(error))
                 log.warning("scrub.failed", error=text, again_in=pause)
@@ -325,7 +325,8 @@ class Service:
     async def _read_back(
         self, replicas: Sequence[Replica], readers: ThreadPoolExecutor
     ) -> list[tuple[Replica, tuple[Defect, ...]]]:
-        """The damaged ones, and what is wrong with them. Raises CatalogUnusable."""
+        """The damaged ones, and what is wrong with them. Raises CatalogUnusable, RootLost."""
+        await asyncio.to_thread(self._parts.root.check)  # a root that is not there is no damage of what was in it
         scrubber = make_scrubber(self._parts.root.tree, self._parts.root.catalog, readers, record=True)
         try:
             damaged = (await scrubber.scrub(replicas)).damaged
@@ -473,8 +474,7 @@ class Service:
         """
         read = await asyncio.to_thread(_stamp, config)
         while True:
-            resolved = await asyncio.to_thread(config.resolve)
-            directories = {path.parent for path in (config, resolved) if path.parent.is_dir()}
+            directories = await asyncio.to_thread(_directories_of, config)
             if not directories:
                 await asyncio.sleep(CONFIG_LOOK)
                 continue
@@ -496,11 +496,11 @@ class Service:
             except (OSError, RuntimeError) as error:
                 reason = error.strerror if isinstance(error, OSError) else type(error).__name__
                 log.warning("config.unwatched", error=reason, hint="its time is looked at instead")
-                await self._look_at_config(config)
+                await self._look_at_config(config, read)
 
-    async def _look_at_config(self, config: Path) -> None:
-        """A stat now and then; what changed is read when it has been still for a while."""
-        seen = read = await asyncio.to_thread(_stamp, config)
+    async def _look_at_config(self, config: Path, read: tuple[int, int] | None) -> None:
+        """A stat now and then; what changed since it was `read` is read when it has been still for a while."""
+        seen = read
         while True:
             await asyncio.sleep(2 * STILL)
             before, seen = seen, await asyncio.to_thread(_stamp, config)
@@ -644,6 +644,14 @@ def _take_descriptors() -> None:
     with suppress(OSError, ValueError):
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def _directories_of(config: Path) -> set[Path]:
+    """Where the file, and what it is a link to, can be replaced; nothing where that cannot be told just now."""
+    try:
+        return {path.parent for path in (config, config.resolve()) if path.parent.is_dir()}
+    except (OSError, RuntimeError):  # a loop of links, a directory that was closed
+        return set()
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:

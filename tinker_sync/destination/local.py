@@ -9,6 +9,7 @@ It refuses to write outside the root, to overwrite a replica, and to touch a dir
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -30,7 +31,7 @@ from tinker_sync.destination.files import (
     write_new,
 )
 from tinker_sync.destination.readback import check_replica, read_manifest
-from tinker_sync.destination.root import STATE_DIRECTORY
+from tinker_sync.destination.root import STATE_DIRECTORY, read_facts
 from tinker_sync.errors import DiskTrouble, TransferFailed
 from tinker_sync.model.documents import json_bytes
 from tinker_sync.model.evidence import Defect, Kind
@@ -94,7 +95,9 @@ class LocalTree:
         self._options = options
         self._space = space
         self.now = now
-        self._anchor = _place(root)
+        facts = read_facts(root)
+        self._root_id = None if facts is None else facts.root_id
+        self._anchor = None if facts is None else _place(root)
         self._emptying = threading.Lock()
         space.reclaim = self._reclaim
         self._renames = threading.Lock()
@@ -128,9 +131,20 @@ class LocalTree:
 
     def check(self) -> None:
         """Whether the root is the directory that was opened. Raises DiskTrouble: what is below it now is not the mirror."""
-        if self._anchor is not None and _place(self.root) != self._anchor:
-            message = f"{self.root} is no longer the directory that was opened: it was unmounted, moved or deleted"
-            raise DiskTrouble(message)
+        if self._anchor is None:
+            return
+        try:
+            place = _place(self.root)
+        except OSError:
+            return  # it cannot be told just now; a write will
+        if place == self._anchor:
+            return
+        facts = None if place is None else read_facts(self.root)
+        if facts is not None and facts.root_id == self._root_id:
+            self._anchor = place  # a network filesystem that was mounted again
+            return
+        message = f"{self.root} is no longer the directory that was opened: it was unmounted, moved or deleted"
+        raise DiskTrouble(message)
 
     def room_for(self, size: int) -> bool:
         """Whether that many more bytes would fit now."""
@@ -613,10 +627,13 @@ def _whole_stage(home: Path) -> Path | None:
 
 
 def _place(path: Path) -> tuple[int, int] | None:
+    """Which directory it is; None where there is none. Raises OSError where that cannot be told."""
     try:
         found = os.stat(path)
-    except OSError:
-        return None
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE):
+            return None
+        raise
     return found.st_dev, found.st_ino
 
 

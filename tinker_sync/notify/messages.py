@@ -116,6 +116,9 @@ class Messenger:
             self._queued.clear()
             while self._waiting:
                 message, delivered = self._waiting[0]
+                if not self._channels:  # a reload took them all away
+                    self._waiting.clear()
+                    break
                 if not await self._deliver(message):
                     log.warning("notify.failed", about=message.kind, again_in=again)
                     await asyncio.sleep(again)
@@ -149,7 +152,7 @@ class Messenger:
                 self._news.over(f"channel {number}")
             elif self._news.is_new(f"channel {number}", "failed"):
                 log.warning("notify.channel_failed", url=f"number {number} of [notify] urls", about=message.kind)
-        return any(took) or not took
+        return any(took)
 
     async def _in_a_thread(self, channel: Any, message: Message) -> bool:
         """In a thread of its own that nobody waits for at the exit: a channel can hang for longer than a stop may take."""
@@ -157,7 +160,7 @@ class Messenger:
         done: asyncio.Future[bool] = loop.create_future()
         self._stuck.append(channel)
 
-        def finish(result: bool) -> None:  # noqa: FBT001 - called by the loop
+        def finish(result: bool) -> None:  # noqa: FBT001 - the loop calls it
             self._stuck.remove(channel)
             if not done.done():
                 done.set_result(result)
@@ -167,7 +170,10 @@ class Messenger:
             with suppress(RuntimeError):  # the loop is closed
                 loop.call_soon_threadsafe(finish, result)
 
-        threading.Thread(target=run, name="notify", daemon=True).start()
+        try:
+            threading.Thread(target=run, name="notify", daemon=True).start()
+        except RuntimeError:  # no threads left
+            finish(result=False)
         return await done
 
     async def _beat_on(self) -> None:
