@@ -209,6 +209,7 @@ def waiting(name: str, left: timedelta, seen: timedelta) -> Waiting:
         ({"free_bytes": 5, "min_free": 6}, {"disk:min_free"}, "bad"),
         ({"free_bytes": 6, "min_free": 6}, set(), "well"),
         ({"last_pass": {**LAST, "no_room": 3}}, {"disk:max_bytes"}, "bad"),
+        ({"last_pass": {**LAST, "disk_error": "EIO"}}, {"disk:trouble"}, "bad"),
         ({"last_pass": {**LAST, "retention_error": "pins"}}, {"failure:retention"}, "bad"),
         ({"last_pass": {**LAST, "service_error": "401", "credential_refused": True}}, {"failure:credential"}, "bad"),
         ({"last_pass": {**LAST, "listed_at": "2026-01-15T05:59:59Z"}}, {"silence"}, "well"),

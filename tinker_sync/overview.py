@@ -186,6 +186,8 @@ def judge(document: Mapping[str, Any], *, now: datetime) -> tuple[Level, str]:
         return "bad", f"retention cannot run: {last['retention_error']}"
     if is_full(document):
         return "bad", "the disk has less room than [mirror] min_free: nothing more is copied"
+    if last is not None and last.get("disk_error"):
+        return "bad", f"copies cannot be written: {last['disk_error']}"
     if last is not None and last.get("no_room"):
         return "bad", f"[mirror] max_bytes has no room for {last['no_room']} checkpoints, and what is here must stay"
     if document["pending"]:
