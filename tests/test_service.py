@@ -24,7 +24,7 @@ from tinker_sync.config import Settings, reload_difference, reloaded, retention_
 from tinker_sync.daemon.schedule import Backoff
 from tinker_sync.daemon.service import Beats, Service
 from tinker_sync.daemon.supervisor import Supervisor
-from tinker_sync.errors import CredentialRefused, Overloaded, Unreachable
+from tinker_sync.errors import CredentialRefused, DiskTrouble, Overloaded, Unreachable
 from tinker_sync.sandbox import Fault, Sandbox, adapter
 
 if TYPE_CHECKING:
@@ -606,3 +606,21 @@ async def test_what_is_still_being_copied_is_not_lost(site_inside: Site) -> None
         assert [path for path, _ in mirror._catalog.lost()] == [row.path]
         await mirror.fetch([row.path])
         assert mirror._catalog.lost() == []  # it came after all
+
+
+async def test_nothing_is_staged_below_another_root(site_inside: Site) -> None:
+    """Between two polls too: a bare mount point gets no files. A root that is back is the same one."""
+    site = site_inside
+    path = site.sandbox.account.add(RUN, "a", payload=adapter(1)).path
+    async with site.opened() as mirror:
+        site.root.rename(site.home / "aside")
+        site.root.mkdir()
+        with pytest.raises(DiskTrouble, match="unmounted"):
+            mirror._destination.open_stage(path, 10)
+        assert list(site.root.iterdir()) == []
+        site.root.rmdir()
+        with pytest.raises(DiskTrouble, match="unmounted"):
+            mirror._destination.check()
+        (site.home / "aside").rename(site.root)
+        mirror._destination._anchor = (0, 0)  # as after another mount of the same
+        mirror._destination.open_stage(path, 10).abort()
