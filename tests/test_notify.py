@@ -430,8 +430,9 @@ async def test_what_ends_uncopied_is_a_loss_and_told_as_one(outside: Site) -> No
                 service.until(lambda: "checkpoint.lost" in service.log)
                 service.until(lambda: any("lost" in item["title"] for item in came if isinstance(item, dict)))
                 service.until(lambda: "doomed it ended upstream before it was copied" in out.read_text())
-                said = run(["--config", str(outside.home / "config.toml"), "status"], check=0).stdout
-                assert "NOT WELL: 1 checkpoints ended upstream before they were copied" in said
+                status = ["--config", str(outside.home / "config.toml"), "status"]
+                lost = "NOT WELL: 1 checkpoints ended upstream before they were copied"
+                service.until(lambda: lost in run(status, check=0).stdout)
                 assert "rolling" not in service.log.partition("checkpoint.lost")[2]
                 assert service.end()[0] == 0
 

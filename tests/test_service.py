@@ -14,17 +14,20 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import watchfiles
 
 from tests.conftest import Site, command, run
+from tinker_sync.activity import Vitals
+from tinker_sync.catalog.store import CatalogDamaged
 from tinker_sync.config import Settings, reload_difference, reloaded, retention_difference
 from tinker_sync.daemon.schedule import Backoff
 from tinker_sync.daemon.service import Beats, Service
 from tinker_sync.daemon.supervisor import Supervisor
-from tinker_sync.errors import CredentialRefused, DiskTrouble, Overloaded, Unreachable
+from tinker_sync.errors import CredentialRefused, DiskTrouble, Overloaded, TinkerSyncError, Unreachable
 from tinker_sync.sandbox import Fault, Sandbox, adapter
 
 if TYPE_CHECKING:
@@ -454,7 +457,7 @@ def test_a_state_directory_that_is_gone_for_a_while(site: Site) -> None:
 # What is no longer what was opened
 
 
-@pytest.mark.parametrize("what", ["root", "lock", "catalog", "damage"])
+@pytest.mark.parametrize("what", ["root", "lock", "catalog"])
 def test_it_ends_when_the_ground_is_gone_and_writes_nothing_more(site: Site, what: str) -> None:
     """An unmounted or moved root, a deleted lock, a deleted or broken catalog: exit 1, and the next start mends it."""
     site.sandbox.account.add(RUN, "000000", payload=adapter(0))
@@ -466,12 +469,8 @@ def test_it_ends_when_the_ground_is_gone_and_writes_nothing_more(site: Site, wha
             site.root.mkdir(mode=0o700)
         elif what == "lock":
             (state / "lock").unlink()
-        elif what == "catalog":
-            (state / "catalog.db").unlink()
         else:
-            for suffix in ("", "-wal", "-shm"):
-                with (state / f"catalog.db{suffix}").open("r+b") as file:
-                    file.write(b"nonsense" * 1000)
+            (state / "catalog.db").unlink()
         site.sandbox.account.add(RUN, "000001", payload=adapter(1))
         assert service.process.wait(20) == 1
         assert "Traceback" not in service.log
@@ -479,7 +478,6 @@ def test_it_ends_when_the_ground_is_gone_and_writes_nothing_more(site: Site, wha
             "root": "no longer the directory",
             "lock": "lock file",
             "catalog": "deleted or replaced",
-            "damage": "damaged",
         }
         assert words[what] in service.log
     if what == "root":
@@ -624,3 +622,22 @@ async def test_nothing_is_staged_below_another_root(site_inside: Site) -> None:
         (site.home / "aside").rename(site.root)
         mirror._destination._anchor = (0, 0)  # as after another mount of the same
         mirror._destination.open_stage(path, 10).abort()
+
+
+async def test_a_catalog_that_is_damaged_ends_it() -> None:
+    """Only the next start may throw it away; what a person must change ends it too, and nothing else does."""
+    said: list[TinkerSyncError] = [Unreachable("no"), CatalogDamaged("broken")]
+
+    async def poll() -> None:
+        raise said.pop(0)
+
+    service = Service.__new__(Service)
+    service._loop, service._polling = asyncio.get_running_loop(), False
+    service._beats, service._wake, service._news = Beats(lambda: 0.0), asyncio.Event(), asyncio.Event()
+    service._backoff, service._vitals = Backoff(0.001), Vitals(datetime.now(UTC))
+    service._mirror = SimpleNamespace(poll=poll)  # type: ignore[assignment]
+    service._parts = SimpleNamespace(root=SimpleNamespace(check=lambda: None))  # type: ignore[assignment]
+    service._supervisor = Supervisor()
+    with pytest.raises(CatalogDamaged):
+        await service._poll_on(None)  # type: ignore[arg-type]
+    assert said == []

@@ -287,19 +287,17 @@ class SqlCatalog:
                     connection.execute(update(table).where(table.c.tinker_path == key), row)
             _insert(connection, table, added)
             gone = [path for path in before if path not in shown] if complete else []
-            cured: list[str] = []
-            if changed or gone:
+            cured = _failures_of_nothing(connection, shown) if complete else []
+            if changed or gone or cured:
                 changes.append(
                     lambda memory: memory.observe(changed, map(TinkerPath.parse, gone), map(TinkerPath.parse, cured))
                 )
+            _delete(connection, schema.failures, cured)
             if not gone:
                 return ()
             _suspect(connection, [_as_checkpoint(before[path]) for path in gone])
             _delete(connection, table, gone)
             _delete(connection, schema.standing, gone)
-            kept = _quarantined_paths(connection)  # theirs may be the only bytes that are left
-            cured += [path for path in gone if path not in kept]
-            _delete(connection, schema.failures, cured)
             return tuple(_as_checkpoint(before[path]) for path in gone)
 
     def add_replica(self, replica: Replica) -> None:
@@ -641,10 +639,11 @@ def _suspect(connection: Connection, gone: Sequence[Checkpoint]) -> None:
         _set_fact(connection, "suspects", [*(_fact(connection, "suspects") or []), *found])
 
 
-def _quarantined_paths(connection: Connection) -> set[str]:
+def _failures_of_nothing(connection: Connection, shown: set[str]) -> list[str]:
+    """Failures of what is no longer listed; not the quarantined, whose bytes here may be the only ones that are left."""
     table = schema.failures
-    query = select(table.c.tinker_path).where(table.c.trouble == Trouble.QUARANTINED.value)
-    return set(connection.execute(query).scalars())
+    query = select(table.c.tinker_path).where(table.c.trouble != Trouble.QUARANTINED.value)
+    return [path for path in connection.execute(query).scalars() if path not in shown]
 
 
 def _fact(connection: Connection, name: str) -> Any:
