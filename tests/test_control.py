@@ -18,7 +18,7 @@ import pytest
 
 from tests.conftest import Site, command, run
 from tests.test_service import QUICK, RUN, replicas, serving
-from tinker_sync.daemon.control import control_address
+from tinker_sync.daemon.control import _outcome, control_address
 from tinker_sync.destination.lock import RootLock, control_of
 from tinker_sync.sandbox import Fault, adapter
 
@@ -179,6 +179,18 @@ def test_where_the_socket_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert control_address(Path("/s"), "abcdefghijklmnop") == Path("/tmp/tinker-sync-abcdefghijkl.control")
     monkeypatch.setenv("RUNTIME_DIRECTORY", "/run/tinker-sync:/run/other")
     assert control_address(Path("/s"), "abc") == Path("/run/tinker-sync/control")
+
+
+async def test_a_bug_that_one_request_meets_ends_nothing() -> None:
+    """It runs in the service's own group of tasks: it is answered in words, without its text."""
+
+    async def work() -> dict[str, Any]:
+        return {}["hush"]
+
+    answer = await _outcome(work())
+    assert answer["exit_code"] == 1
+    assert "internal error KeyError at test_control.py" in answer["error"]
+    assert "hush" not in answer["error"]
 
 
 def test_what_is_asked_for_comes_before_everything_else(site: Site) -> None:

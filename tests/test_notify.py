@@ -20,6 +20,7 @@ from aiohttp import web
 
 from tests.conftest import NOW, Site, run
 from tests.test_service import QUICK, RUN, replicas, serving
+from tinker_sync.catalog.store import SqlCatalog
 from tinker_sync.errors import ConfigInvalid
 from tinker_sync.model.checkpoint import Checkpoint
 from tinker_sync.model.events import Event
@@ -28,6 +29,7 @@ from tinker_sync.model.work import Failure, Trouble
 from tinker_sync.notify.alarms import Message, Told, as_json, from_json, next_messages
 from tinker_sync.notify.hooks import Hooks
 from tinker_sync.notify.messages import Messenger, open_channels
+from tinker_sync.notify.telling import Telling
 from tinker_sync.overview import NOTHING, Surroundings, Waiting, alarms, judge, overview
 from tinker_sync.sandbox import Fault, adapter
 
@@ -497,6 +499,28 @@ async def test_what_was_not_delivered_is_told_later(outside: Site) -> None:
         await asyncio.to_thread(run, ["--config", str(config), "sync"], check=5)
         await asyncio.to_thread(run, ["--config", str(config), "sync"], check=5)
     assert [item["title"].partition(": ")[2] for item in came] == ["breaker, stopped"]
+
+
+async def test_what_no_channel_took_is_told_when_there_is_one_again(tmp_path: Path) -> None:
+    """A reload takes the channels away while a message waits, another brings one back: the alarm goes on, and is told."""
+    async with listener() as (host, came, answers):
+        answers["status"] = 500
+        with SqlCatalog.open(tmp_path / "c.db") as catalog:
+            async with Messenger([f"json://{host}/"], None, user_agent="t", patience=5.0) as messenger:
+                telling = Telling(messenger, catalog, on=["disk"], who="me")
+                await telling.tell({"disk": "full"}, NOW)
+                async with asyncio.timeout(10):
+                    while not came:  # noqa: ASYNC110 - another server takes it
+                        await asyncio.sleep(0.01)
+                messenger.configure([], None)
+                await telling.tell({"disk": "full"}, NOW + HOUR)
+                answers["status"] = 200
+                came.clear()
+            async with Messenger([f"json://{host}/"], None, user_agent="t", patience=5.0) as again:
+                telling._messenger = again
+                await telling.tell({"disk": "full"}, NOW + HOUR)
+            assert set(catalog.told()) == {"disk"}
+    assert [item["title"] for item in came] == ["me: disk"]
 
 
 async def test_a_broken_channel_does_not_repeat_the_good_one() -> None:

@@ -19,6 +19,7 @@ from aiohttp import web
 
 from tinker_sync.errors import TinkerSyncError
 from tinker_sync.model.paths import PathInvalid, TinkerPath
+from tinker_sync.passes import as_bug
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
@@ -142,6 +143,10 @@ async def _outcome(work: Awaitable[Mapping[str, Any]]) -> Mapping[str, Any]:
         return {"result": await work}
     except TinkerSyncError as error:
         return {"error": str(error), "exit_code": error.exit_code}
+    except Exception as error:  # noqa: BLE001 - a bug that one request meets ends no transfer
+        bug = as_bug(error)
+        log.error("control.failed", error=str(bug))  # noqa: TRY400 - told in words
+        return {"error": str(bug), "exit_code": bug.exit_code}
 
 
 async def _write(answer: web.StreamResponse, lines: Sequence[Mapping[str, Any]]) -> None:

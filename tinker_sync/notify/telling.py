@@ -47,7 +47,8 @@ class Telling:
     async def tell(self, alarms: Mapping[str, str], now: datetime) -> None:
         """Tell what is new of these, and what is over. Raises CatalogUnusable."""
         if not self._messenger.reaches_somebody:
-            return  # nothing counts as told
+            self._told = None  # nothing counts as told but what was delivered before
+            return
         if self._told is None:
             self._told = from_json(await asyncio.to_thread(self._memory.told))
         wanted = {name: text for name, text in alarms.items() if self._is_on(name)}

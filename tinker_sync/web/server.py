@@ -159,15 +159,15 @@ class StatusSite:
 
     async def _page(self, request: web.Request) -> web.Response:
         model = await self._views.page(_number(request))
-        return self._rendered(request, "page.html", model=model, legend=STATES, base="")
+        return self._rendered("page.html", model=model, legend=STATES, base="")
 
     async def _run(self, request: web.Request) -> web.Response:
         model = await self._views.run(request.match_info["run_id"], _number(request))
         if model is None:
             raise web.HTTPNotFound
-        return self._rendered(request, "run.html", model=model, base="../")
+        return self._rendered("run.html", model=model, base="../")
 
-    def _rendered(self, _: web.Request, template: str, **values: object) -> web.Response:
+    def _rendered(self, template: str, **values: object) -> web.Response:
         text = self._pages.get_template(template).render(
             **values, **self._assets, now=self._clock.now(), version=self._version
         )
