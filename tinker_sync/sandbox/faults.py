@@ -19,6 +19,8 @@ Kind = Literal[
     "html",
     "slow",
     "bad-chunk",
+    "whole",
+    "wrong-range",
 ]
 
 
@@ -34,7 +36,7 @@ class Fault:
     """Only requests whose checkpoint (`run/segment/name`) or offset contains this."""
     status: int = 500
     at: int = 0
-    """Bytes that come before a cut, a stall or a flipped byte."""
+    """Bytes of an answer that come before a cut or a stall; the byte of the object that is flipped."""
     seconds: float = 30.0
     body: bytes = b""
     headers: dict[str, str] = field(default_factory=dict)
@@ -74,6 +76,9 @@ class Quirks:
     jwt: bool = False
     url_life: float = 900.0
     ranges: bool = True
+    """`Range` is honoured, and guarded by `If-Range`."""
+    etags: bool = True
+    """Every object has a strong one, also where it is no digest."""
     digests: bool = True
     no_config_route: bool = False
     delete_takes_twin: bool = False

@@ -7,6 +7,7 @@ import base64
 import binascii
 import hashlib
 import json
+import re
 import secrets
 import socket
 import struct
@@ -20,7 +21,7 @@ from urllib.parse import parse_qs, unquote
 
 from aiohttp import web
 
-from tinker_sync.model.moments import rfc3339
+from tinker_sync.model.moments import rfc3339, to_micros
 from tinker_sync.model.paths import TYPE_OF_SEGMENT, PathInvalid, TinkerPath
 from tinker_sync.sandbox.account import SandboxAccount, SandboxCheckpoint
 from tinker_sync.sandbox.adapters import Payload, PayloadFile, adapter
@@ -500,34 +501,65 @@ class Sandbox:
             body = fault.body
             pieces, length = lambda: iter((body,)), len(body)
         headers = {"Content-Type": "application/octet-stream", **self._digests(pieces, length)}
+        if length is not None and self.quirks.etags and "ETag" not in headers:
+            headers["ETag"] = f'"{to_micros(checkpoint.time):x}-{length:x}"'
         if fault is not None:
             headers |= fault.headers
             if fault.kind == "wrong-digest":
                 headers["x-goog-hash"] = "md5=" + base64.b64encode(bytes(16)).decode()
         if fault is not None and fault.kind in ("close", "close-cut", "bad-chunk"):
             return await self._send_raw(request, pieces, fault)
-        response = web.StreamResponse(headers=headers)
-        if length is not None:
-            response.content_length = length
+        first, end = 0, length
+        asked = self._asked_span(request, length, headers.get("ETag"))
+        if asked is not None and length is not None and not (fault is not None and fault.kind == "whole"):
+            first, end = asked
+            if first >= length:
+                return web.Response(status=416, headers={"Content-Range": f"bytes */{length}"})
+            shift = 1 if fault is not None and fault.kind == "wrong-range" else 0
+            headers["Content-Range"] = f"bytes {first + shift}-{end - 1 + shift}/{length + shift}"
+        response = web.StreamResponse(headers=headers, status=206 if "Content-Range" in headers else 200)
+        if end is not None:
+            response.content_length = end - first
         await response.prepare(request)
-        sent = 0
-        for piece in pieces():
+        await self._send_pieces(request, response, _part(pieces(), first, end), first, fault)
+        return response
+
+    def _asked_span(self, request: web.Request, length: int | None, etag: str | None) -> tuple[int, int] | None:
+        """`Range` as object storage takes it: one span, void when `If-Range` names another object."""
+        found = re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("Range", ""))
+        if found is None or length is None or not self.quirks.ranges:
+            return None
+        if request.headers.get("If-Range", etag) != etag:
+            return None
+        first, last = found.groups()
+        return int(first), min(length, int(last) + 1) if last else length
+
+    async def _send_pieces(
+        self,
+        request: web.Request,
+        response: web.StreamResponse,
+        pieces: Iterator[bytes],
+        position: int,
+        fault: Fault | None,
+    ) -> None:
+        """The body, from that byte of the object on; a cut or a stall counts from the body's own first byte."""
+        stop = position + fault.at if fault is not None and fault.kind in ("cut", "stall") else None
+        for piece in pieces:
             chunk = piece
-            if fault is not None and fault.kind == "corrupt" and sent <= fault.at < sent + len(chunk):
-                place = fault.at - sent
+            if fault is not None and fault.kind == "corrupt" and position <= fault.at < position + len(chunk):
+                place = fault.at - position
                 chunk = chunk[:place] + bytes([chunk[place] ^ 0xFF]) + chunk[place + 1 :]
-            if fault is not None and fault.kind in ("cut", "stall") and sent + len(chunk) > fault.at:
-                await response.write(chunk[: fault.at - sent])
+            if fault is not None and stop is not None and position + len(chunk) > stop:
+                await response.write(chunk[: stop - position])
                 if fault.kind == "stall":
                     await asyncio.sleep(fault.seconds)
                 _reset(request)
-                return response
+                return
             await response.write(chunk)
-            sent += len(chunk)
+            position += len(chunk)
             if fault is not None and fault.kind == "slow":
                 await asyncio.sleep(fault.seconds)
         await response.write_eof()
-        return response
 
     async def _send_raw(
         self, request: web.Request, pieces: Callable[[], Iterator[bytes]], fault: Fault
@@ -672,6 +704,18 @@ def _unless_left(handler: Handler) -> Handler:
             return web.Response()
 
     return handle
+
+
+def _part(pieces: Iterator[bytes], first: int, end: int | None) -> Iterator[bytes]:
+    """Of a body, the bytes from `first` up to `end`."""
+    position = 0
+    for piece in pieces:
+        if end is not None and position >= end:
+            return
+        chunk = piece[max(0, first - position) : None if end is None else end - position]
+        position += len(piece)
+        if chunk:
+            yield chunk
 
 
 def _uuid() -> str:
