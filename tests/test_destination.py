@@ -20,13 +20,14 @@ from tinker_sync.destination.lock import RootLock
 from tinker_sync.destination.root import prepare_root, read_facts
 from tinker_sync.destination.space import SpaceLedger
 from tinker_sync.errors import DiskTrouble, NoSpace, RootBusy, WrongRoot
-from tinker_sync.model.checkpoint import Checkpoint
+from tinker_sync.model.checkpoint import Checkpoint, Identity
 from tinker_sync.model.evidence import Defect, Kind
 from tinker_sync.model.manifest import FileEntry
 from tinker_sync.model.paths import PayloadPath, TinkerPath
 from tinker_sync.model.work import Damage, Replica, Trouble
 
 PATH = TinkerPath("run:train:0", "weights", "000020")
+OBJECT = Identity(PATH, NOW, None)
 
 
 def make_tree(root: Path, *, min_free: int = 0, free: int = 10**12, **options: Any) -> LocalTree:
@@ -37,7 +38,7 @@ def make_tree(root: Path, *, min_free: int = 0, free: int = 10**12, **options: A
 
 def put(tree: LocalTree, path: TinkerPath = PATH, content: bytes = b"weights", **fields: Any) -> Any:
     """Stage and commit one file."""
-    stage = tree.open_stage(path, len(content))
+    stage = tree.open_stage(Identity(path, NOW, None), len(content))
     try:
         writer = stage.write(PayloadPath.parse("sub/adapter_model.bin"))
         writer.write(content)
@@ -183,11 +184,11 @@ def test_every_kind_of_damage_is_seen(tmp_path: Path) -> None:
 def test_a_dead_process_is_cleaned_up_after(tmp_path: Path) -> None:
     """Half a stage is removed; a whole one, dead just before its rename, is committed."""
     tree = make_tree(tmp_path)
-    half = tree.open_stage(PATH, None)
+    half = tree.open_stage(OBJECT, None)
     writer = half.write(PayloadPath.parse("a"))
     writer.write(b"half")
     writer.discard()
-    whole = tree.open_stage(PATH, None)
+    whole = tree.open_stage(OBJECT, None)
     writer = whole.write(PayloadPath.parse("a.bin"))
     writer.write(b"whole")
     seen = writer.close()
@@ -204,7 +205,7 @@ def test_a_crash_between_the_two_renames_of_a_new_version_loses_nothing(tmp_path
     """The old version stands aside, the new one is whole in its stage: the next start gives it the name."""
     tree = make_tree(tmp_path)
     put(tree, content=b"old", time=NOW)
-    stage = tree.open_stage(PATH, None)
+    stage = tree.open_stage(OBJECT, None)
     writer = stage.write(PayloadPath.parse("a.bin"))
     writer.write(b"new")
     seen = writer.close()
@@ -267,10 +268,11 @@ def test_large_files_are_flushed_on_the_way(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(os, "fdatasync", flushed.append)
     put(make_tree(tmp_path), content=b"x" * 999)
     assert not flushed
-    stage = make_tree(tmp_path).open_stage(PATH, None)
+    stage = make_tree(tmp_path).open_stage(OBJECT, None)
     writer = stage.write(PayloadPath.parse("a"))
     for _ in range(10):
         writer.write(b"x" * 600)
+    writer.settle()
     assert len(flushed) == 5
     stage.abort()
 
@@ -278,9 +280,9 @@ def test_large_files_are_flushed_on_the_way(tmp_path: Path, monkeypatch: pytest.
 def test_space_is_reserved_and_kept_free(tmp_path: Path) -> None:
     """Running transfers count; what would go below min_free is refused with the numbers; given back afterwards."""
     tree = make_tree(tmp_path, min_free=1000, free=3000)
-    first = tree.open_stage(PATH, 1500)
+    first = tree.open_stage(OBJECT, 1500)
     with pytest.raises(NoSpace, match="1,500 reserved"):
-        tree.open_stage(PATH, 600)
+        tree.open_stage(OBJECT, 600)
     assert tree.room_for(500)
     first.abort()
     first.abort()
@@ -295,7 +297,7 @@ def test_quarantine_keeps_bytes_and_defects_once(tmp_path: Path) -> None:
     """Kept, found again, replaced by a later quarantine of the same path; no replica."""
     tree = make_tree(tmp_path)
     for content in (b"a", b"b"):
-        stage = tree.open_stage(PATH, None)
+        stage = tree.open_stage(OBJECT, None)
         writer = stage.write(PayloadPath.parse("x.bin"))
         writer.write(content)
         writer.close()

@@ -28,6 +28,7 @@ from tinker_sync.daemon.schedule import Backoff
 from tinker_sync.daemon.service import Beats, Service
 from tinker_sync.daemon.supervisor import Supervisor
 from tinker_sync.errors import CredentialRefused, DiskTrouble, Overloaded, TinkerSyncError, Unreachable
+from tinker_sync.model.checkpoint import Identity
 from tinker_sync.sandbox import Fault, Sandbox, adapter
 
 if TYPE_CHECKING:
@@ -609,19 +610,20 @@ async def test_what_is_still_being_copied_is_not_lost(site_inside: Site) -> None
 async def test_nothing_is_staged_below_another_root(site_inside: Site) -> None:
     """Between two polls too: a bare mount point gets no files. A root that is back is the same one."""
     site = site_inside
-    path = site.sandbox.account.add(RUN, "a", payload=adapter(1)).path
+    row = site.sandbox.account.add(RUN, "a", payload=adapter(1))
+    identity = Identity(row.path, row.time, row.size_bytes)
     async with site.opened() as mirror:
         site.root.rename(site.home / "aside")
         site.root.mkdir()
         with pytest.raises(DiskTrouble, match="unmounted"):
-            mirror._destination.open_stage(path, 10)
+            mirror._destination.open_stage(identity, 10)
         assert list(site.root.iterdir()) == []
         site.root.rmdir()
         with pytest.raises(DiskTrouble, match="unmounted"):
             mirror._destination.check()
         (site.home / "aside").rename(site.root)
         mirror._destination._anchor = (0, 0)  # as after another mount of the same
-        mirror._destination.open_stage(path, 10).abort()
+        mirror._destination.open_stage(identity, 10).abort()
 
 
 async def test_a_catalog_that_is_damaged_ends_it() -> None:

@@ -116,7 +116,7 @@ async def test_a_second_pass_asks_for_the_listing_alone(site: Site) -> None:
     "kind", ["cut", "corrupt", "drop", "wrong-digest", "bad-chunk", "status", "stall", "close-cut"]
 )
 async def test_passing_trouble_of_the_storage_is_overcome_in_the_same_pass(site: Site, kind: Any) -> None:
-    """A cut, a flipped byte, a reset, a stall, a 503: another attempt with a fresh URL, and the right bytes."""
+    """A cut, a reset, a stall: what is missing is asked for; a flipped byte, a 503: another attempt with a fresh URL."""
     site.transfer = {"stall_timeout": "1s"}
     payload = adapter(1, hidden=256)
     made = site.sandbox.account.add(RUN, "a", payload=payload)
@@ -125,7 +125,7 @@ async def test_passing_trouble_of_the_storage_is_overcome_in_the_same_pass(site:
     assert result.exit_code == 0, result.failed
     assert site.payload(made.path) == expected(payload)
     archives = [raw for _, raw in site.sandbox.requests if raw.endswith("/archive")]
-    assert len(archives) == (1 if kind == "drop" else 2), "a dropped connection is asked for again below us"
+    assert len(archives) == (1 if kind in ("drop", "cut", "stall") else 2)
     assert site.staging() == []
 
 
@@ -181,7 +181,7 @@ async def test_hostile_archives_are_refused_and_leave_nothing(site: Site, name: 
     assert not site.directory(bad.path).exists()
     assert site.staging() == []
     assert not list((site.root / ".tinker-sync").glob("quarantine/*"))
-    assert len(site.sandbox.storage_requests) == 2
+    assert len(site.sandbox.storage_requests) == (3 if name == "empty" else 2)  # of nothing no part can be had
 
 
 async def test_whole_but_wrong_goes_to_quarantine(site: Site) -> None:

@@ -156,9 +156,17 @@ class TransferFailed(TinkerSyncError):
 
 
 class StorageTrouble(TransferFailed):
-    """The storage host: cut, stalled, 5xx, or an expired URL."""
+    """The storage host: cut, stalled, 5xx, or an expired URL.
+
+    `status` is the HTTP status where there was one, else 0; `stalled` says that nothing came for too long.
+    """
 
     again_now = True
+
+    def __init__(self, message: str, *, status: int = 0, stalled: bool = False) -> None:
+        super().__init__(message)
+        self.status = status
+        self.stalled = stalled
 
 
 class Defective(TransferFailed):

@@ -11,7 +11,7 @@ import json
 import re
 from typing import TYPE_CHECKING, Any, Final
 
-from tinker_sync.model.evidence import Claim, Defect, Kind, SeenFile
+from tinker_sync.model.evidence import Claim, Defect, Kind, SeenFile, Span
 from tinker_sync.model.paths import MANIFEST_NAME
 
 if TYPE_CHECKING:
@@ -91,6 +91,38 @@ def read_claim(headers: Mapping[str, str]) -> tuple[Claim, list[Defect]]:
             take("md5", base64.b64encode(bytes.fromhex(tag)).decode(), "ETag")
     length = headers.get("content-length", "")
     return Claim(int(length) if re.fullmatch(r"[0-9]{1,18}", length) else None, digests), defects
+
+
+def served_span(headers: Mapping[str, str]) -> tuple[Span, int] | None:
+    """`Content-Range` of a 206: which bytes came, and how long the whole is; None where that cannot be told.
+
+    Source: RFC 9110, 14.4. Header names are in lower case.
+    """
+    found = re.fullmatch(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})", headers.get("content-range", "").strip())
+    if found is None:
+        return None
+    first, last, total = map(int, found.groups())
+    return (Span(first, last + 1), total) if first <= last < total else None
+
+
+def strong_validator(headers: Mapping[str, str]) -> str | None:
+    """The ETag, where it is one that promises the same bytes (RFC 9110, 8.8.1: not `W/`)."""
+    tag = headers.get("etag", "").strip()
+    return tag if re.fullmatch(r'"[\x21\x23-\x7e\x80-\xff]*"', tag) else None
+
+
+def headers_of_whole(headers: Mapping[str, str], span: Span, total: int) -> dict[str, str]:
+    """A 206's headers as they would be of the whole: its length, and no digest that can be of the part alone.
+
+    (`x-goog-hash` is of the whole object also where a part is sent.)
+    """
+    if span == Span(0, total):
+        return dict(headers)
+    of_part = {"content-md5", "content-digest", "content-length"}
+    kept = {
+        name: value for name, value in headers.items() if name not in of_part and not name.startswith("x-amz-checksum-")
+    }
+    return {**kept, "content-length": str(total)}
 
 
 _DIGEST_BYTES: Final = {"md5": 16, "sha1": 20, "sha256": 32, "crc32": 4, "crc32c": 4}

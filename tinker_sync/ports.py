@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from tinker_sync.model.checkpoint import Checkpoint, Identity, Listing, RunFacts, Sighting
     from tinker_sync.model.deeds import Deed, DeedKey
     from tinker_sync.model.events import Event
-    from tinker_sync.model.evidence import Claim, Defect, SeenFile
+    from tinker_sync.model.evidence import Claim, Defect, SeenFile, Span
     from tinker_sync.model.manifest import Manifest
     from tinker_sync.model.paths import PayloadPath, SignedUrl, TinkerPath
     from tinker_sync.model.work import Committed, Damage, Failure, ReadBack, Replica, Transfer, Trashed
@@ -136,6 +136,11 @@ class Body(Protocol):
     """One response body, raw."""
 
     @property
+    def status(self) -> int:
+        """200, or 206 where a span came."""
+        ...
+
+    @property
     def headers(self) -> Mapping[str, str]:
         """Names in lower case."""
         ...
@@ -143,6 +148,11 @@ class Body(Protocol):
     @property
     def ends_itself(self) -> bool:
         """Whether its end is proven by a length or by chunking."""
+        ...
+
+    @property
+    def validator(self) -> str | None:
+        """The strong ETag of an object of which any part can be asked for again."""
         ...
 
     def chunks(self) -> AsyncIterator[bytes]:
@@ -153,16 +163,34 @@ class Body(Protocol):
 class Storage(Protocol):
     """Where signed URLs lead; never sees the credential."""
 
-    def open(self, url: SignedUrl) -> AbstractAsyncContextManager[Body]:
-        """Start one GET. Raises StorageTrouble, NotTransferable."""
+    def open(
+        self, url: SignedUrl, span: Span | None = None, validator: str | None = None
+    ) -> AbstractAsyncContextManager[Body]:
+        """Start one GET, of a span of the object that has this strong ETag. Raises StorageTrouble, NotTransferable."""
         ...
 
 
 class Intake(Protocol):
     """Where an acquirer puts files: a stage, and the thread that writes to it."""
 
+    @property
+    def urgency(self) -> int:
+        """The transfer's priority: lower first."""
+        ...
+
+    async def resume(self, source: str, expected_bytes: int | None) -> Stage | None:
+        """The stage that an earlier attempt at this very object left, where one by that source can be gone on with.
+
+        Raises NoSpace, DiskTrouble.
+        """
+        ...
+
+    def starts_over(self, reason: str) -> None:
+        """What an earlier attempt left is of no use; `begin` follows."""
+        ...
+
     async def begin(self, expected_bytes: int | None) -> Stage:
-        """Open the stage once the size is known. Raises NoSpace, DiskTrouble."""
+        """Open an empty stage once the size is known. Raises NoSpace, DiskTrouble."""
         ...
 
     async def run(self, work: Callable[[], T]) -> T:
@@ -222,12 +250,62 @@ class FileWriter(Protocol):
         ...
 
     def close(self) -> SeenFile:
-        """Flush to the device, and say what went by. Raises NoSpace, DiskTrouble."""
+        """Say what went by; what is not on the device yet is on its way there. Raises NoSpace, DiskTrouble."""
+        ...
+
+
+class StagedObject(Protocol):
+    """One object of the storage on its way into a stage, noted so that a later attempt can go on with it.
+
+    Every byte of the object is in one of its files, in order, or was given to `framing`.
+    """
+
+    @property
+    def validator(self) -> str | None:
+        """The strong ETag; without one nothing is noted."""
+        ...
+
+    @property
+    def claim(self) -> Claim:
+        """What the storage promised about it."""
+        ...
+
+    @property
+    def kept(self) -> int:
+        """How many of its first bytes an earlier attempt made durable."""
+        ...
+
+    def write(self, path: PayloadPath, size: int | None = None) -> FileWriter:
+        """Start a file. What is kept of it is not written again, only hashed. Raises NoSpace, DiskTrouble."""
+        ...
+
+    def make_directory(self, path: PayloadPath) -> None:
+        """Make an empty directory. Raises NoSpace, DiskTrouble."""
+        ...
+
+    def framing(self, data: bytes | memoryview) -> None:
+        """Bytes of the object that are in no file: headers, padding."""
+        ...
+
+    def cannot_resume(self, reason: str) -> None:
+        """A later attempt must start over, and say so."""
+        ...
+
+    def replay(self) -> Iterator[bytes]:
+        """What is kept, from its first byte. Blocking. Raises DiskTrouble."""
         ...
 
 
 class Stage(Protocol):
     """The private place where a replica is put together."""
+
+    def staged(self, key: str) -> StagedObject | None:
+        """What an earlier attempt kept of an object."""
+        ...
+
+    def stage_object(self, key: str, validator: str | None, claim: Claim) -> StagedObject:
+        """Begin an object; what was kept under that key is dropped. Raises NoSpace, DiskTrouble."""
+        ...
 
     def write(self, path: PayloadPath, size: int | None = None) -> FileWriter:
         """Start a file. Raises NoSpace, DiskTrouble."""
@@ -249,16 +327,43 @@ class Stage(Protocol):
         """Keep the bytes with their defects, apart. Returns the directory below the root."""
         ...
 
+    def suspend(self) -> None:
+        """Leave what is durable for a later attempt, or remove it where there is nothing to go on with. Never raises."""
+        ...
+
     def abort(self) -> None:
         """Remove it. Never raises."""
+        ...
+
+
+class Interrupted(Protocol):
+    """What an earlier attempt left: a stage, or the reason why there is none to go on with."""
+
+    @property
+    def stage(self) -> Stage | None:
+        """The stage."""
+        ...
+
+    @property
+    def reason(self) -> str:
+        """Why it starts over; empty with a stage."""
+        ...
+
+    @property
+    def kept(self) -> int:
+        """Bytes that are here already."""
         ...
 
 
 class Destination(Protocol):
     """The local tree."""
 
-    def open_stage(self, path: TinkerPath, expected_bytes: int | None) -> Stage:
-        """Reserve space and make a stage. Raises NoSpace, DiskTrouble."""
+    def open_stage(self, identity: Identity, expected_bytes: int | None) -> Stage:
+        """Reserve space and make an empty stage. Raises NoSpace, DiskTrouble."""
+        ...
+
+    def resume_stage(self, identity: Identity, source: str, expected_bytes: int | None) -> Interrupted | None:
+        """What an earlier attempt at this very object left. Raises NoSpace, DiskTrouble."""
         ...
 
     def room_for(self, size: int) -> bool:

@@ -9,9 +9,19 @@ import asyncio
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
-from tinker_sync.errors import Defective, NotFound, NotServed, TinkerSyncError
+import structlog
+
+from tinker_sync.errors import (
+    BeingMade,
+    Defective,
+    NotFound,
+    NotServed,
+    ServiceTrouble,
+    StorageTrouble,
+    TinkerSyncError,
+)
 from tinker_sync.integrity import judge_content
 from tinker_sync.model.evidence import Defect, Kind
 from tinker_sync.model.manifest import FileEntry, Manifest, ManifestInvalid
@@ -23,9 +33,12 @@ if TYPE_CHECKING:
     from tinker_sync.model.checkpoint import Checkpoint, RunFacts
     from tinker_sync.model.evidence import SeenFile
     from tinker_sync.model.work import Committed, Replica, Transfer
-    from tinker_sync.ports import Account, Acquired, Acquirer, Catalog, Clock, Destination, Reporter, Stage
+    from tinker_sync.ports import Account, Acquired, Acquirer, Catalog, Clock, Destination, Interrupted, Reporter, Stage
 
 T = TypeVar("T")
+_INTERRUPTIONS: Final = (StorageTrouble, ServiceTrouble, BeingMade)
+"""After these the next attempt goes on with what is durable."""
+log = structlog.get_logger()
 
 
 class Transferrer:
@@ -68,15 +81,18 @@ class Transferrer:
         behind then.
         """
         intake = _Intake(self._destination, transfer, self._reporter, self._writers)
+        keep = False
         facts = asyncio.create_task(self._account.facts(transfer.path))
         try:
             acquired = await self._acquire(transfer, checkpoint.listed_id, intake)
             _check(acquired)
             committed = await self._finish(transfer, checkpoint, acquired, intake, await facts, repairs)
         except TinkerSyncError as error:
+            keep = isinstance(error, _INTERRUPTIONS)
             self._reporter.ended(transfer, str(error))
             raise
-        except BaseException:
+        except BaseException as error:
+            keep = isinstance(error, asyncio.CancelledError)
             self._reporter.ended(transfer, "stopped")
             raise
         else:
@@ -86,7 +102,7 @@ class Transferrer:
             facts.cancel()
             with suppress(asyncio.CancelledError, TinkerSyncError):
                 await facts
-            await intake.clean()
+            await intake.clean(keep=keep)
 
     async def adopt(self, transfer: Transfer) -> bool:
         """Whether the very object is in the tree already, unknown to the catalog; then the catalog learns of it.
@@ -204,38 +220,62 @@ class _Intake:
         self._transfer = transfer
         self._reporter = reporter
         self._writers = writers
+        self.urgency = transfer.priority
         self.stage: Stage | None = None
+
+    async def resume(self, source: str, expected_bytes: int | None) -> Stage | None:
+        await self.clean()
+        opening = partial(self._destination.resume_stage, self._transfer.identity, source, expected_bytes)
+        found = await self.run(opening, undo=_suspend)
+        if found is None:
+            return None
+        self.stage = found.stage
+        if found.stage is None:
+            self.starts_over(found.reason)
+            return None
+        log.info("transfer.resumed", checkpoint=str(self._transfer.path), bytes=found.kept)
+        self._reporter.started(self._transfer, None if expected_bytes is None else expected_bytes - found.kept)
+        return found.stage
+
+    def starts_over(self, reason: str) -> None:
+        log.info("transfer.starts_over", checkpoint=str(self._transfer.path), reason=reason)
 
     async def begin(self, expected_bytes: int | None) -> Stage:
         await self.clean()  # another way of acquiring had begun before
-        self.stage = await self.run(partial(self._destination.open_stage, self._transfer.path, expected_bytes))
+        opening = partial(self._destination.open_stage, self._transfer.identity, expected_bytes)
+        self.stage = await self.run(opening, undo=_abort)
         self._reporter.started(self._transfer, expected_bytes)
         return self.stage
 
-    async def run(self, work: Callable[[], T]) -> T:
+    async def run(self, work: Callable[[], T], undo: Callable[[T], None] | None = None) -> T:
+        """`undo` is for what the work made when nobody takes it any more."""
         future = asyncio.get_running_loop().run_in_executor(self._writers, work)
         try:
             return await asyncio.shield(future)
         except asyncio.CancelledError:
             # A thread cannot be cancelled: what it does now is bounded, and nobody may clean up under it.
             await asyncio.wait([future])
-            if not future.cancelled() and future.exception() is None:
-                self._keep_stage(future.result())
+            if undo is not None and not future.cancelled() and future.exception() is None:
+                await asyncio.get_running_loop().run_in_executor(self._writers, undo, future.result())
             raise
-
-    def _keep_stage(self, result: object) -> None:
-        """A stage that was opened while the cancellation came must be removed like any other."""
-        if self.stage is None and hasattr(result, "abort"):
-            self.stage = result  # type: ignore[assignment]
 
     def advanced(self, received: int) -> None:
         self._reporter.advanced(self._transfer, received)
 
-    async def clean(self) -> None:
-        """Remove what was not committed; harmless after a commit."""
-        if self.stage is not None:
-            await self.run(self.stage.abort)
-            self.stage = None
+    async def clean(self, *, keep: bool = False) -> None:
+        """Remove what was not committed, or keep it for the next attempt; harmless after a commit."""
+        stage, self.stage = self.stage, None
+        if stage is not None:
+            await self.run(stage.suspend if keep else stage.abort)
+
+
+def _abort(stage: Stage) -> None:
+    stage.abort()
+
+
+def _suspend(found: Interrupted | None) -> None:
+    if found is not None and found.stage is not None:
+        found.stage.suspend()
 
 
 def _without_top_directory(files: Sequence[SeenFile], name: str) -> tuple[list[SeenFile], str | None]:

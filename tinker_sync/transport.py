@@ -41,6 +41,8 @@ from tinker_sync.model.paths import SignedUrl
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 
+    from tinker_sync.model.evidence import Span
+
 T = TypeVar("T")
 
 MAX_ANSWER: Final = 64 * 1024 * 1024
@@ -114,13 +116,50 @@ def _one_line(text: str) -> str:
     return printable[:300]
 
 
+class Throttle:
+    """Holds everything that shares it to so many bytes per second; 0 is no limit.
+
+    Bytes are counted when they were read, so that the kernel's buffers, and through them the sender, wait too. A pause
+    earns at most a tenth of a second of credit.
+    """
+
+    _CREDIT: Final = 0.1
+
+    def __init__(
+        self,
+        bytes_per_second: float,
+        monotonic: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self._rate = bytes_per_second
+        self._monotonic = monotonic
+        self._sleep = sleep
+        self._paid_until = float("-inf")
+
+    async def take(self, size: int) -> None:
+        """Wait until so many bytes may have come."""
+        if not self._rate:
+            return
+        now = self._monotonic()
+        self._paid_until = max(self._paid_until, now - self._CREDIT) + size / self._rate
+        if self._paid_until > now:
+            await self._sleep(self._paid_until - now)
+
+
+UNLIMITED: Final = Throttle(0)
+
+
 class StreamedBody:
     """A `ports.Body`: one response's bytes as they come, undecoded."""
 
-    def __init__(self, response: httpx.Response, whence: str) -> None:
+    def __init__(self, response: httpx.Response, whence: str, throttle: Throttle = UNLIMITED) -> None:
         self._response = response
         self._whence = whence
+        self._throttle = throttle
+        self.status = response.status_code
         self.headers: Mapping[str, str] = {name.lower(): value for name, value in response.headers.items()}
+        self.validator: str | None = None
+        """One response knows of no other."""
 
     @property
     def ends_itself(self) -> bool:
@@ -133,12 +172,13 @@ class StreamedBody:
         try:
             async for chunk in self._response.aiter_raw():
                 received += len(chunk)
+                await self._throttle.take(len(chunk))
                 yield chunk
         except (httpx.HTTPError, httpx.StreamError, aiohttp.ClientError, OSError) as error:
             stalled = isinstance(error, httpx.TimeoutException)
             what = "stalled" if stalled else "was cut"
             message = f"the download {what} after {received:,} bytes from {self._whence} ({_reason(error)})"
-            raise errors.StorageTrouble(message) from None
+            raise errors.StorageTrouble(message, stalled=stalled) from None
 
     async def close(self) -> None:
         """Give the connection back, or drop it when the body was not read to its end."""
@@ -367,8 +407,10 @@ class ApiTransport:
         connections: int = 16,
         deprecated: Callable[[str, str], None] | None = None,
         observed: Callable[[str, str], None] | None = None,
+        throttle: Throttle = UNLIMITED,
     ) -> None:
         self._base = _checked_base(base_url)
+        self._throttle = throttle
         self._authorizer = authorizer
         self._timeout = timeout
         self._extra = dict(extra_headers or {})
@@ -457,7 +499,7 @@ class ApiTransport:
         try:
             kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
             if response.status_code == 200 and kind != "application/json" and not kind.startswith("text/"):
-                yield Answer(200, _lower(response.headers), b""), StreamedBody(response, self.host)
+                yield Answer(200, _lower(response.headers), b""), StreamedBody(response, self.host, self._throttle)
                 return
             content = await self._read_whole(response)
         finally:
@@ -617,7 +659,8 @@ class ApiTransport:
 class StorageTransport:
     """Fetches signed URLs. Never carries a credential; follows a few redirects, each checked.
 
-    `connections` bounds all downloads together; `stall_timeout` is the longest silence, in seconds.
+    `connections` is how many are kept; how many are used at a time is the business of `acquire`. `stall_timeout` is the
+    longest silence, in seconds.
     """
 
     def __init__(
@@ -627,12 +670,13 @@ class StorageTransport:
         stall_timeout: float = 60.0,
         user_agent: str = "tinker-sync",
         observed: Callable[[str, str], None] | None = None,
+        throttle: Throttle = UNLIMITED,
     ) -> None:
         self._observed = observed or _nobody
+        self._throttle = throttle
         self._client = _make_client(
             connections=connections, connect=min(stall_timeout, 20.0), read=stall_timeout, user_agent=user_agent
         )
-        self._slots = asyncio.Semaphore(connections)
         self.requests = 0
         """Requests sent so far."""
 
@@ -643,21 +687,29 @@ class StorageTransport:
         await self._client.aclose()
 
     @asynccontextmanager
-    async def open(self, url: SignedUrl) -> AsyncIterator[StreamedBody]:
-        """Start one GET. Raises StorageTrouble for anything but a 200, NotTransferable for a URL that is not http(s)."""
-        async with self._slots:
-            response, host = await self._follow(url)
-            try:
-                yield StreamedBody(response, host)
-            finally:
-                await _close(response)
+    async def open(
+        self, url: SignedUrl, span: Span | None = None, validator: str | None = None
+    ) -> AsyncIterator[StreamedBody]:
+        """Start one GET, of a span of the object where one is named; the body's status says whether that came, or all.
 
-    async def _follow(self, url: SignedUrl) -> tuple[httpx.Response, str]:
+        With `validator`, a strong ETag, the span is asked for of that very object alone. Raises StorageTrouble for
+        anything but a 200 or a 206 that was asked for, NotTransferable for a URL that is not http(s).
+        """
+        headers = {} if span is None else {"Range": f"bytes={span.first}-{span.end - 1}"}
+        if span is not None and validator is not None:
+            headers["If-Range"] = validator
+        response, host = await self._follow(url, headers)
+        try:
+            yield StreamedBody(response, host, self._throttle)
+        finally:
+            await _close(response)
+
+    async def _follow(self, url: SignedUrl, headers: Mapping[str, str]) -> tuple[httpx.Response, str]:
         for _ in range(_REDIRECTS + 1):
             if url.scheme not in ("http", "https") or not url.host:
                 message = f"the storage URL is not http(s) but {url.scheme or 'no URL at all'!r}: not followed"
                 raise errors.NotTransferable(message)
-            response = await self._get(url)
+            response = await self._get(url, headers)
             status = response.status_code
             location = _lower(response.headers).get("location")
             if status not in (301, 302, 303, 307, 308) or location is None:
@@ -671,17 +723,18 @@ class StorageTransport:
         else:
             message = f"{url.host} redirects more than {_REDIRECTS} times"
             raise errors.StorageTrouble(message)
-        if status == 200:
+        if status == 200 or (status == 206 and "Range" in headers):
             return response, url.host
         await _close(response)
         hint = " (the signed URL has expired, or was refused)" if status in (400, 401, 403) else ""
         message = f"the storage at {url.host} answered {status}{hint}"
-        raise errors.StorageTrouble(message)
+        raise errors.StorageTrouble(message, status=status)
 
-    async def _get(self, url: SignedUrl) -> httpx.Response:
+    async def _get(self, url: SignedUrl, headers: Mapping[str, str]) -> httpx.Response:
         self.requests += 1
         try:
-            response = await self._client.send(self._client.build_request("GET", url.reveal()), stream=True)
+            request = self._client.build_request("GET", url.reveal(), headers=dict(headers))
+            response = await self._client.send(request, stream=True)
         except (httpx.HTTPError, httpx.InvalidURL, aiohttp.ClientError, OSError, ValueError) as error:
             self._observed("storage", "error")
             message = f"the storage at {url.host} cannot be reached ({_reason(error)})"

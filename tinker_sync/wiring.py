@@ -20,7 +20,9 @@ import structlog
 from tinker_sync import __version__
 from tinker_sync.acquire.archive import ArchiveSource
 from tinker_sync.acquire.directory import DirectorySource
+from tinker_sync.acquire.download import Downloader
 from tinker_sync.acquire.files import FilesSource
+from tinker_sync.acquire.lanes import Lanes
 from tinker_sync.api.account import TinkerAccount, TinkerRemover, TinkerSigner
 from tinker_sync.api.client import SDK_VERSION, RestClient, access_headers
 from tinker_sync.api.credentials import Credentials, CredentialSources
@@ -51,7 +53,7 @@ from tinker_sync.queue import MemoryQueue
 from tinker_sync.retention import KeepBest, Policy, RetentionRules
 from tinker_sync.scrub import Scrubber
 from tinker_sync.transfer import Transferrer
-from tinker_sync.transport import ApiTransport, StorageTransport
+from tinker_sync.transport import ApiTransport, StorageTransport, Throttle
 from tinker_sync.web.views import ViewSettings
 
 if TYPE_CHECKING:
@@ -66,6 +68,8 @@ log = structlog.get_logger()
 USER_AGENT: Final = f"tinker-sync/{__version__}"
 CATALOG_FILE: Final = "catalog.db"
 LOCK_FILE: Final = "lock"
+_RATE_OF_ONE: Final = 4_000_000
+"""Bytes per second that one connection to a storage brings nearly everywhere."""
 LEAST_TOKEN: Final = 16
 """Characters of `[status] token_file`."""
 
@@ -115,6 +119,8 @@ class Service:
     transport: ApiTransport
     client: RestClient
     credentials: Credentials
+    throttle: Throttle
+    """Of all bytes of checkpoints, whichever way they come."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +154,7 @@ async def open_service(
     settings: Settings, *, observed: Callable[[str, str], None] | None = None
 ) -> AsyncIterator[Service]:
     """The API client with its credential; `observed` hears route and status of every request. Raises ConfigInvalid."""
+    throttle = Throttle(float(settings.transfer.bandwidth))
     async with ApiTransport(
         settings.base_url,
         None,
@@ -158,13 +165,14 @@ async def open_service(
         extra_headers=access_headers(),
         deprecated=lambda route, note: log.warning("api.deprecated", route=route, note=note),
         observed=observed,
+        throttle=throttle,
     ) as transport:
         sources = CredentialSources.from_environment(
             key_file=settings.api_key_file, command=settings.tinker.credential_cmd
         )
         credentials = Credentials(sources, transport, sdk_version=SDK_VERSION)
         transport.use(credentials)
-        yield Service(transport, RestClient(transport), credentials)
+        yield Service(transport, RestClient(transport), credentials, throttle)
 
 
 @dataclass(frozen=True, slots=True)
@@ -534,8 +542,10 @@ async def open_mirror(
                 stall_timeout=settings.transfer.stall_timeout.total_seconds(),
                 user_agent=USER_AGENT,
                 observed=observed,
+                throttle=service.throttle,
             )
         )
+        downloader = Downloader(storage, Lanes(_lanes(settings)), clock)
         writers = stack.enter_context(ThreadPoolExecutor(connections, thread_name_prefix="write"))
         indexer = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="index"))
         account = make_account(settings, service, clock)
@@ -544,8 +554,8 @@ async def open_mirror(
         directories = DirectorySource(Path(below) if below else None)
         transferrer = Transferrer(
             account=account,
-            archive=ArchiveSource(signer, storage, directories),
-            files=FilesSource(signer, storage, clock),
+            archive=ArchiveSource(signer, downloader, directories),
+            files=FilesSource(signer, downloader, clock),
             destination=root.tree,
             catalog=root.catalog,
             clock=clock,
@@ -569,6 +579,12 @@ async def open_mirror(
             indexer=indexer,
             settings=engine_settings(settings),
         )
+
+
+def _lanes(settings: Settings) -> int:
+    """Connections that are used at a time; under a limit fewer, so that none waits long enough to be dropped."""
+    connections, bandwidth = settings.transfer.connections, int(settings.transfer.bandwidth)
+    return min(connections, max(2, bandwidth // _RATE_OF_ONE)) if bandwidth else connections
 
 
 def engine_settings(settings: Settings) -> EngineSettings:

@@ -1,30 +1,36 @@
-"""The archive way: sign, open, and unpack while it streams."""
+"""The archive way: sign, open, and unpack while it streams; what an earlier attempt kept is gone on with."""
 
 from __future__ import annotations
 
+import asyncio
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from tinker_sync.acquire.common import Acquired, pump
+from tinker_sync.acquire.common import Acquired, pump, replay
+from tinker_sync.acquire.download import Start
 from tinker_sync.acquire.tar import Limits
 from tinker_sync.acquire.unpack import Unpacker
-from tinker_sync.errors import NotTransferable, StorageTrouble
+from tinker_sync.errors import DiskTrouble, NotTransferable, StorageTrouble
 from tinker_sync.integrity import read_claim
 
 if TYPE_CHECKING:
     from tinker_sync.acquire.directory import DirectorySource
+    from tinker_sync.acquire.download import Downloader
+    from tinker_sync.model.paths import SignedUrl
     from tinker_sync.model.work import Transfer
-    from tinker_sync.ports import Body, Intake, Signer, Storage
+    from tinker_sync.ports import Body, Intake, Signer, StagedObject
+
+_OBJECT: Final = "archive"
 
 
 class ArchiveSource:
-    """An `Acquirer`: one archive, one connection, one pass over the bytes."""
+    """An `Acquirer`: one archive, one pass over the bytes."""
 
     def __init__(
-        self, signer: Signer, storage: Storage, directories: DirectorySource, limits: Limits | None = None
+        self, signer: Signer, downloader: Downloader, directories: DirectorySource, limits: Limits | None = None
     ) -> None:
         self._signer = signer
-        self._storage = storage
+        self._downloader = downloader
         self._directories = directories
         self._limits = limits or Limits()
 
@@ -32,21 +38,54 @@ class ArchiveSource:
         """Fetch once. Raises TransferFailed, BeingMade, NotServed, NotFound, ServiceTrouble."""
         async with self._signer.archive(transfer.path, listed_id) as signed:
             if signed.body is not None:
-                return await self._unpack(signed.body, transfer, intake, by_bare_id=signed.by_bare_id)
+                return await self._take_direct(signed.body, transfer, intake, by_bare_id=signed.by_bare_id)
             url, by_bare_id = signed.url, signed.by_bare_id
         if url is None:
             message = "the service gave neither a URL nor bytes"
             raise NotTransferable(message)
         if url.scheme == "file":
             return await self._directories.acquire(url, intake)
-        async with self._storage.open(url) as body:
-            return await self._unpack(body, transfer, intake, by_bare_id=by_bare_id)
+        signing = _Signing(self._signer, transfer, listed_id, url)
+        begun = await self._go_on(transfer, intake)
+        start = None if begun is None else Start.of(begun[0])
+        async with self._downloader.open(signing.url, urgency=intake.urgency, start=start) as download:
+            if begun is not None and download.begins == 0:
+                intake.starts_over("the archive upstream is another one now, or the storage serves no ranges any more")
+                begun = None
+            unpacker = await self._begin(download, transfer, intake) if begun is None else begun[1]
+            return await self._unpack(download, unpacker, intake, by_bare_id=by_bare_id)
 
-    async def _unpack(self, body: Body, transfer: Transfer, intake: Intake, *, by_bare_id: bool) -> Acquired:
+    async def _go_on(self, transfer: Transfer, intake: Intake) -> tuple[StagedObject, Unpacker] | None:
+        """What an earlier attempt kept, read and hashed again; None where there is nothing to go on with."""
+        stage = await intake.resume(_OBJECT, transfer.size_bytes)
+        staged = None if stage is None else stage.staged(_OBJECT)
+        if staged is None:
+            return None
+        unpacker = Unpacker(staged, self._limits, transfer.size_bytes)
+        try:
+            await replay(staged, intake, unpacker.feed)
+        except DiskTrouble as error:
+            intake.starts_over(str(error))
+            return None
+        if unpacker.hopeless or unpacker.received != staged.kept:
+            intake.starts_over("what was kept is not the beginning of an archive")
+            return None
+        return staged, unpacker
+
+    async def _take_direct(self, body: Body, transfer: Transfer, intake: Intake, *, by_bare_id: bool) -> Acquired:
+        """A server that sends the archive at once: one connection, and no way to go on."""
+        unpacker = await self._begin(body, transfer, intake)
+        return await self._unpack(body, unpacker, intake, by_bare_id=by_bare_id)
+
+    async def _begin(self, body: Body, transfer: Transfer, intake: Intake) -> Unpacker:
         claim, odd = read_claim(body.headers)
         expected = max(claim.length or 0, transfer.size_bytes or 0) or None
         stage = await intake.begin(expected)
-        unpacker = Unpacker(claim, stage, self._limits, transfer.size_bytes)
+        staged = await intake.run(partial(stage.stage_object, _OBJECT, body.validator, claim))
+        return Unpacker(staged, self._limits, transfer.size_bytes, odd)
+
+    async def _unpack(self, body: Body, unpacker: Unpacker, intake: Intake, *, by_bare_id: bool) -> Acquired:
+        claim = unpacker.claim
         unprovable = claim.length is None and not claim.digests
         cut = not body.ends_itself
         try:
@@ -58,4 +97,26 @@ class ArchiveSource:
         files, defects = await intake.run(
             partial(unpacker.finish, cut=cut and not unpacker.complete and not unpacker.hopeless)
         )
-        return Acquired(files, [*odd, *defects], "archive", {"archive": claim}, by_bare_id)
+        return Acquired(files, defects, "archive", {"archive": claim}, by_bare_id)
+
+
+class _Signing:
+    """The archive's current URL, signed again once for all spans that need it."""
+
+    def __init__(self, signer: Signer, transfer: Transfer, listed_id: str, url: SignedUrl) -> None:
+        self._signer = signer
+        self._transfer = transfer
+        self._listed_id = listed_id
+        self._current = url
+        self._turn = asyncio.Lock()
+
+    async def url(self, refused: SignedUrl | None) -> SignedUrl:
+        """The current one; another one than `refused`. Raises BeingMade, NotServed, NotFound, ServiceTrouble."""
+        async with self._turn:
+            if self._current == refused:
+                async with self._signer.archive(self._transfer.path, self._listed_id) as signed:
+                    if signed.url is None or signed.url.scheme == "file":
+                        message = "the service hands the archive out in another way than before"
+                        raise StorageTrouble(message)
+                    self._current = signed.url
+            return self._current

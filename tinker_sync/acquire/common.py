@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Final
 
 from tinker_sync.errors import StorageTrouble
@@ -13,10 +14,12 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
     from tinker_sync.model.evidence import Claim, Defect, SeenFile
-    from tinker_sync.ports import Intake
+    from tinker_sync.ports import Intake, StagedObject
 
 _PIECE: Final = 1024 * 1024
 """Bytes per step of the writing thread: large enough that switching threads costs nothing."""
+_REPLAYED_AT_ONCE: Final = 8
+"""Pieces of at most 1 MiB per step of the writing thread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,22 +46,23 @@ async def pump(
     `enough` ends it early. Raises what the body or the sink raises; the sink is never left running.
     """
     working: asyncio.Task[None] | None = None
-    buffer = bytearray()
+    piece: list[bytes] = []
+    size = 0
 
     async def hand_over() -> asyncio.Task[None]:
-        piece = bytes(buffer)
-        buffer.clear()
         if working is not None:
             await working
-        return asyncio.create_task(intake.run(partial(sink, piece)))
+        return asyncio.create_task(intake.run(partial(_feed, sink, piece)))
 
     trouble: StorageTrouble | None = None
     try:
         async for chunk in chunks:
-            buffer += chunk
+            piece.append(chunk)
+            size += len(chunk)
             intake.advanced(len(chunk))
-            if len(buffer) >= _PIECE:
+            if size >= _PIECE:
                 working = await hand_over()
+                piece, size = [], 0
                 if enough():
                     break
     except StorageTrouble as error:
@@ -66,9 +70,27 @@ async def pump(
     finally:
         if working is not None:
             await asyncio.wait([working])
-    if buffer:
+    if piece:
         working = await hand_over()
     if working is not None:
         await working
     if trouble is not None:
         raise trouble
+
+
+def _feed(sink: Callable[[bytes], None], piece: list[bytes]) -> None:
+    for chunk in piece:
+        sink(chunk)
+
+
+async def replay(staged: StagedObject, intake: Intake, sink: Callable[[bytes], None]) -> None:
+    """Feed what an earlier attempt kept of an object, in steps that a stop need not wait for long. Raises DiskTrouble."""
+    pieces = staged.replay()
+
+    def some() -> bool:
+        piece = list(islice(pieces, _REPLAYED_AT_ONCE))
+        _feed(sink, piece)
+        return bool(piece)
+
+    while await intake.run(some):
+        pass

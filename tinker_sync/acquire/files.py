@@ -1,4 +1,7 @@
-"""The files way, for external checkpoints: one signed URL per file, several at a time, signed again before they end."""
+"""The files way, for external checkpoints: one signed URL per file, several at a time, signed again when they end.
+
+What an earlier attempt kept is gone on with, file by file.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +10,23 @@ from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from tinker_sync.acquire.common import Acquired, pump
+from tinker_sync.acquire.common import Acquired, pump, replay
+from tinker_sync.acquire.download import Start
 from tinker_sync.acquire.meter import BodyMeter
 from tinker_sync.acquire.names import NameRegister
 from tinker_sync.acquire.unpack import Gunzip
-from tinker_sync.errors import NotTransferable, StorageTrouble
+from tinker_sync.errors import DiskTrouble, NotTransferable, StorageTrouble
 from tinker_sync.integrity import judge_body, read_claim
 from tinker_sync.model.evidence import Claim, Defect, Kind, SeenFile
 from tinker_sync.model.paths import PathInvalid, PayloadPath
 
 if TYPE_CHECKING:
+    from tinker_sync.acquire.download import Downloader, Sign
     from tinker_sync.model.paths import SignedUrl, TinkerPath
     from tinker_sync.model.work import Transfer
-    from tinker_sync.ports import Body, Clock, FileUrls, FileWriter, Intake, Signer, Stage, Storage
+    from tinker_sync.ports import Body, Clock, FileUrls, FileWriter, Intake, Signer, Stage, StagedObject
 
+_SOURCE: Final = "files"
 _AT_A_TIME: Final = 8
 _RENEW_BEFORE: Final = timedelta(seconds=60)
 _MOST_FILES: Final = 100_000
@@ -29,9 +35,9 @@ _MOST_FILES: Final = 100_000
 class FilesSource:
     """An `Acquirer` over `external_weights_urls`."""
 
-    def __init__(self, signer: Signer, storage: Storage, clock: Clock) -> None:
+    def __init__(self, signer: Signer, downloader: Downloader, clock: Clock) -> None:
         self._signer = signer
-        self._storage = storage
+        self._downloader = downloader
         self._clock = clock
 
     async def acquire(self, transfer: Transfer, listed_id: str, intake: Intake) -> Acquired:
@@ -45,13 +51,13 @@ class FilesSource:
             raise NotTransferable(message)
         if defects:
             return Acquired((), defects, "files")
-        stage = await intake.begin(transfer.size_bytes)
+        stage = await intake.resume(_SOURCE, transfer.size_bytes) or await intake.begin(transfer.size_bytes)
         turn = asyncio.Semaphore(_AT_A_TIME)
         claims: dict[str, Claim] = {}
 
         async def one(key: str, path: PayloadPath) -> SeenFile:
             async with turn:
-                seen, claim, faults = await self._fetch(signing, key, path, stage, intake)
+                seen, claim, faults = await self._fetch(partial(signing.url, key), path, stage, intake)
             claims[str(path)] = claim
             defects.extend(faults)
             return seen
@@ -64,43 +70,55 @@ class FilesSource:
         return Acquired([task.result() for task in tasks], defects, "files", claims)
 
     async def _fetch(
-        self, signing: _Signing, key: str, path: PayloadPath, stage: Stage, intake: Intake
+        self, sign: Sign, path: PayloadPath, stage: Stage, intake: Intake
     ) -> tuple[SeenFile, Claim, list[Defect]]:
-        used = await signing.url(key)
-        try:
-            opened = self._storage.open(used)
-            body = await opened.__aenter__()
-        except StorageTrouble:
-            # It may have ended between signing and use, or been refused: once more with a fresh one.
-            opened = self._storage.open(await signing.url(key, not_this=used))
-            body = await opened.__aenter__()
-        try:
-            return await self._write(body, path, stage, intake)
-        finally:
-            await opened.__aexit__(None, None, None)
+        begun = await self._go_on(path, stage, intake)
+        start = None if begun is None else Start.of(begun[0])
+        async with self._downloader.open(sign, urgency=intake.urgency, start=start) as download:
+            odd: list[Defect] = []
+            if begun is None or download.begins == 0:
+                sink, odd = await self._begin(download, path, stage, intake)
+            else:
+                sink = begun[1]
+            await pump(download.chunks(), intake, sink.feed)
+            seen, faults = await intake.run(partial(sink.finish, str(path)))
+            if not download.ends_itself:
+                faults.append(Defect(Kind.TRANSPORT, "nothing proves where it ends: no length, no chunking", str(path)))
+        return seen, sink.claim, [*odd, *faults]
 
-    async def _write(
+    async def _go_on(self, path: PayloadPath, stage: Stage, intake: Intake) -> tuple[StagedObject, _FileSink] | None:
+        """What an earlier attempt kept of this file, read and hashed again; None where there is nothing of use."""
+        staged = stage.staged(f"{_SOURCE}:{path}")
+        if staged is None or not staged.kept:
+            return None
+        try:
+            sink = _FileSink(staged.claim, await intake.run(partial(staged.write, path, staged.claim.length)))
+            await replay(staged, intake, sink.feed)
+        except DiskTrouble:
+            return None
+        return staged, sink
+
+    async def _begin(
         self, body: Body, path: PayloadPath, stage: Stage, intake: Intake
-    ) -> tuple[SeenFile, Claim, list[Defect]]:
-        claim, defects = read_claim(body.headers)
+    ) -> tuple[_FileSink, list[Defect]]:
+        claim, odd = read_claim(body.headers)
         encoding = body.headers.get("content-encoding", "identity").lower()
         if encoding not in ("identity", "gzip", ""):
             message = f"{path}: the storage encodes it as {encoding!r} although identity was asked for"
             raise StorageTrouble(message)
-        size = claim.length if encoding != "gzip" else None
-        sink = _FileSink(claim, await intake.run(partial(stage.write, path, size)), gzip=encoding == "gzip")
-        await pump(body.chunks(), intake, sink.feed)
-        seen, faults = await intake.run(partial(sink.finish, str(path)))
-        if not body.ends_itself:
-            faults.append(Defect(Kind.TRANSPORT, "nothing proves where it ends: no length, no chunking", str(path)))
-        return seen, claim, [*defects, *faults]
+        zipped = encoding == "gzip"
+        staged = await intake.run(partial(stage.stage_object, f"{_SOURCE}:{path}", body.validator, claim))
+        if zipped:
+            staged.cannot_resume(f"{path} comes as gzip, which cannot be gone on with in the middle")
+        writer = await intake.run(partial(staged.write, path, None if zipped else claim.length))
+        return _FileSink(claim, writer, gzip=zipped), odd
 
 
 class _FileSink:
     """One body into one file; blocking."""
 
-    def __init__(self, claim: Claim, writer: FileWriter, *, gzip: bool) -> None:
-        self._claim = claim
+    def __init__(self, claim: Claim, writer: FileWriter, *, gzip: bool = False) -> None:
+        self.claim = claim
         self._meter = BodyMeter(claim)
         self._writer = writer
         self._gunzip = Gunzip() if gzip else None
@@ -115,7 +133,7 @@ class _FileSink:
 
     def finish(self, where: str) -> tuple[SeenFile, list[Defect]]:
         seen = self._writer.close()
-        defects = judge_body(self._claim, self._meter.seen(), where)
+        defects = judge_body(self.claim, self._meter.seen(), where)
         if self._gunzip is not None and (fault := self._gunzip.finish()) is not None:
             defects.append(Defect(Kind.TRANSPORT, fault, where))
         return seen, defects
@@ -135,10 +153,10 @@ class _Signing:
         async with self._turn:
             return list((await self._fresh()).urls)
 
-    async def url(self, key: str, not_this: SignedUrl | None = None) -> SignedUrl:
+    async def url(self, key: str, refused: SignedUrl | None = None) -> SignedUrl:
         async with self._turn:
             current = await self._fresh()
-            if not_this is not None and current.urls.get(key) == not_this:
+            if refused is not None and current.urls.get(key) == refused:
                 self._current = None
                 current = await self._fresh()
         found = current.urls.get(key)

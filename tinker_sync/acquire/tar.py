@@ -75,7 +75,14 @@ class DirectoryMember:
     path: PayloadPath
 
 
-Event = FileBegins | FileData | FileEnds | DirectoryMember
+@dataclass(frozen=True, slots=True)
+class Framing:
+    """Bytes of the archive that are in no file: headers, padding, members that are passed over."""
+
+    data: memoryview
+
+
+Event = FileBegins | FileData | FileEnds | DirectoryMember | Framing
 
 
 @dataclass(slots=True)
@@ -134,7 +141,9 @@ class TarReader:
                 piece = view[position : position + self._left]
                 position += len(piece)
                 self._left -= len(piece)
-                if not self._passing:
+                if self._passing:
+                    yield Framing(piece)
+                else:
                     yield FileData(piece)
                     if not self._left:
                         yield FileEnds()
@@ -143,16 +152,19 @@ class TarReader:
                 position += len(piece)
                 self._extended_left -= len(piece)
                 self._extended_body += piece
+                yield Framing(piece)
                 if not self._extended_left:
                     self._take_extended()
             elif self._padding:
-                skipped = min(self._padding, end - position)
-                position += skipped
-                self._padding -= skipped
+                piece = view[position : position + self._padding]
+                position += len(piece)
+                self._padding -= len(piece)
+                yield Framing(piece)
             else:
                 piece = view[position : position + BLOCK - len(self._header)]
                 position += len(piece)
                 self._header += piece
+                yield Framing(piece)
                 if len(self._header) == BLOCK:
                     block = bytes(self._header)
                     self._header.clear()

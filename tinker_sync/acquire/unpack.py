@@ -10,15 +10,15 @@ import zlib
 from typing import TYPE_CHECKING, Final
 
 from tinker_sync.acquire.meter import BodyMeter
-from tinker_sync.acquire.tar import DirectoryMember, FileBegins, FileData, FileEnds, Limits, TarReader
+from tinker_sync.acquire.tar import DirectoryMember, FileBegins, FileData, FileEnds, Framing, Limits, TarReader
 from tinker_sync.integrity import judge_body
 from tinker_sync.model.evidence import Defect, Kind
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from tinker_sync.model.evidence import Claim, SeenFile
-    from tinker_sync.ports import FileWriter, Stage
+    from tinker_sync.ports import FileWriter, StagedObject
 
 _GZIP: Final = b"\x1f\x8b"
 _INFLATED_PIECE: Final = 1024 * 1024
@@ -80,12 +80,15 @@ class Gunzip:
 class Unpacker:
     """One archive's way into one stage. `feed` and `finish` are blocking."""
 
-    def __init__(self, claim: Claim, stage: Stage, limits: Limits, expected: int | None = None) -> None:
-        """`expected` is the size that the service lists."""
+    def __init__(
+        self, staged: StagedObject, limits: Limits, expected: int | None = None, odd: Sequence[Defect] = ()
+    ) -> None:
+        """`expected` is the size that the service lists; `odd` what is wrong with the claim itself."""
+        self._odd = tuple(odd)
         self._expected = expected
-        self._claim = claim
-        self._meter = BodyMeter(claim)
-        self._stage = stage
+        self._claim = staged.claim
+        self._meter = BodyMeter(staged.claim)
+        self._staged = staged
         self._limits = limits
         self._first = b""
         self._gunzip: Gunzip | None = None
@@ -93,6 +96,11 @@ class Unpacker:
         self._writer: FileWriter | None = None
         self._defects: list[Defect] = []
         self._files: list[SeenFile] = []
+
+    @property
+    def claim(self) -> Claim:
+        """What the storage promised."""
+        return self._claim
 
     @property
     def received(self) -> int:
@@ -137,12 +145,13 @@ class Unpacker:
         defects = [*body_defects, *self._archive_defects()]
         if cut and defects and not body_defects:
             defects = [Defect(Kind.TRANSPORT, defect.what, defect.where) for defect in defects]
-        return self._files, defects
+        return self._files, [*self._odd, *defects]
 
     def _recognise(self, data: bytes) -> None:
         limits = self._limits
         if data.startswith(_GZIP):
             self._gunzip = Gunzip(self._expected)
+            self._staged.cannot_resume("a gzip archive cannot be gone on with in the middle")
         elif not data.strip(b"\0"):
             pass
         elif data[257:262] != b"ustar" and not _is_old_tar(data):
@@ -171,13 +180,15 @@ class Unpacker:
                     if self._writer is not None:
                         self._writer.write(piece)
                 case FileBegins(path, size):
-                    self._writer = None if tar.defects else self._stage.write(path, size)
+                    self._writer = None if tar.defects else self._staged.write(path, size)
                 case FileEnds():
                     if self._writer is not None:
                         self._files.append(self._writer.close())
                     self._writer = None
                 case DirectoryMember(path):
-                    self._stage.make_directory(path)
+                    self._staged.make_directory(path)
+                case Framing(piece):
+                    self._staged.framing(piece)
 
     def _archive_defects(self) -> list[Defect]:
         if self._defects:

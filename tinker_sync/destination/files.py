@@ -10,7 +10,9 @@ import hashlib
 import os
 import stat
 import threading
+from concurrent.futures import wait
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from tinker_sync.errors import DiskTrouble, NoSpace, TransferFailed
@@ -18,7 +20,8 @@ from tinker_sync.integrity import head_wanted, judge_file
 from tinker_sync.model.evidence import SeenFile
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+    from concurrent.futures import Executor, Future
     from pathlib import Path
 
     from tinker_sync.destination.space import Reservation
@@ -109,61 +112,108 @@ def make_directories(path: Path, *, mode: int) -> list[Path]:
     return [directory.parent for directory in missing]
 
 
-class HashingWriter:
-    """One payload file: hashed and counted as it is written, flushed every 64 MiB, fsynced at the end."""
+@dataclass(frozen=True, slots=True)
+class Durable:
+    """So many of a file's first bytes are on the device, with this SHA-256."""
 
-    def __init__(self, path: PayloadPath, target: Path, *, size: int | None, mode: int, space: Reservation) -> None:
+    size: int
+    sha256: str
+
+
+class HashingWriter:
+    """One payload file: hashed and counted as it is written, flushed every 64 MiB and at the end.
+
+    Flushing is the flusher's business, one at a time for each file, so that the wire does not wait for the device. What
+    it meets is raised by the next flush, or by `settle`. `flushed` hears, from a flusher's thread, how many more bytes
+    are durable. With `kept`, that much of the file is there already: it is hashed as it is given again, not written.
+    """
+
+    def __init__(
+        self,
+        path: PayloadPath,
+        target: Path,
+        *,
+        size: int | None,
+        mode: int,
+        space: Reservation,
+        flusher: Executor,
+        flushed: Callable[[int], None] = lambda _: None,
+        kept: Durable | None = None,
+    ) -> None:
         self._path = path
         self._target = target
         self._declared = size
         self._space = space
+        self._flusher = flusher
+        self._flushed = flushed
+        self._kept = 0 if kept is None else kept.size
         self._hash = hashlib.sha256()
         self._size = 0
         self._unflushed = 0
+        self._flushing: Future[None] | None = None
         self._head = bytearray()
+        self.durable: Durable | None = kept
+        """What is on the device for certain."""
+        self.is_durable = False
+        """Whether that is all there will be."""
+        flags = os.O_CREAT | os.O_EXCL if kept is None else 0
         with disk_errors("cannot create", target):
-            self._descriptor = os.open(
-                target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, mode
-            )
+            self._descriptor = os.open(target, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW | flags, mode)
             os.fchmod(self._descriptor, mode)
+            if kept is not None:
+                os.ftruncate(self._descriptor, kept.size)
+                os.lseek(self._descriptor, 0, os.SEEK_END)
 
     def write(self, data: bytes | memoryview) -> None:
         """Append. Raises NoSpace, DiskTrouble."""
         self._keep_head(data)
         self._hash.update(data)
-        view = memoryview(data)
+        view = memoryview(data)[max(0, self._kept - self._size) :]
+        self._size += len(data)
+        self._unflushed += len(view)
         with disk_errors("cannot write", self._target):
             while view:
                 view = view[os.write(self._descriptor, view) :]
-        self._size += len(data)
-        self._unflushed += len(data)
         if self._unflushed >= FLUSH_EVERY:
-            self._flush()
+            self._flush(last=False)
 
     def close(self) -> SeenFile:
-        """fsync, and say what went by. Raises NoSpace, DiskTrouble."""
-        with disk_errors("cannot flush", self._target):
-            os.fsync(self._descriptor)
-            os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        self._space.written(self._unflushed)
-        self.discard()
+        """Say what went by; the rest is on its way to the device. Raises NoSpace, DiskTrouble."""
         with _judging:
             findings = judge_file(self._path, self._size, bytes(self._head))
         self._head.clear()
+        self._flush(last=True)
         return SeenFile(self._path, self._size, self._hash.hexdigest(), findings)
+
+    def settle(self) -> None:
+        """Wait until everything is on the device. Raises NoSpace, DiskTrouble."""
+        if self._flushing is not None:
+            self._flushing.result()
 
     def discard(self) -> None:
         """Close without keeping promises; harmless when closed already."""
+        if self._flushing is not None:
+            wait([self._flushing])
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
 
-    def _flush(self) -> None:
+    def _flush(self, *, last: bool) -> None:
+        self.settle()
+        reached = Durable(self._size, self._hash.hexdigest())
+        written, self._unflushed = self._unflushed, 0
+        self._flushing = self._flusher.submit(self._make_durable, reached, written, last=last)
+
+    def _make_durable(self, reached: Durable, written: int, *, last: bool) -> None:
         with disk_errors("cannot flush", self._target):
-            os.fdatasync(self._descriptor)
+            (os.fsync if last else os.fdatasync)(self._descriptor)
             os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        self._space.written(self._unflushed)
-        self._unflushed = 0
+        self._space.written(written)
+        self.durable, self.is_durable = reached, last
+        if last:
+            os.close(self._descriptor)
+            self._descriptor = -1
+        self._flushed(written)
 
     def _keep_head(self, data: bytes | memoryview) -> None:
         size = self._declared if self._declared is not None else 1 << 62

@@ -16,13 +16,15 @@ import shutil
 import stat
 import threading
 from collections.abc import Callable  # noqa: TC003 - the fields of Custody
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from tinker_sync.destination.files import (
+    FLUSH_EVERY,
     HashingWriter,
     disk_errors,
     fsync_directory,
@@ -30,6 +32,7 @@ from tinker_sync.destination.files import (
     replace_file,
     write_new,
 )
+from tinker_sync.destination.progress import PROGRESS_FILE, Note, StagedObject, read_note
 from tinker_sync.destination.readback import check_replica, read_manifest
 from tinker_sync.destination.root import STATE_DIRECTORY, read_facts
 from tinker_sync.errors import DiskTrouble, TransferFailed
@@ -38,20 +41,25 @@ from tinker_sync.model.evidence import Defect, Kind
 from tinker_sync.model.manifest import Manifest, ManifestInvalid
 from tinker_sync.model.moments import FAR_FUTURE, UNKNOWN_TIME, compact, parse_time, rfc3339
 from tinker_sync.model.names import decode_component, encode_component, hashed_component, is_superseded, superseded_name
-from tinker_sync.model.paths import MANIFEST_NAME, TinkerPath
+from tinker_sync.model.paths import MANIFEST_NAME, PathInvalid, TinkerPath
 from tinker_sync.model.work import Committed, Damage, Failure, ReadBack, Replica, Trashed, Trouble
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
+    from concurrent.futures import Executor
 
+    from tinker_sync.destination.files import Durable
     from tinker_sync.destination.space import Reservation, SpaceLedger
     from tinker_sync.model.checkpoint import Identity
+    from tinker_sync.model.evidence import Claim
     from tinker_sync.model.paths import PayloadPath
 
 RUN_FILE: Final = "run.json"
 _PAYLOAD: Final = "payload"
 _OLD: Final = "replaced"
 _NOTES: Final = "defects.json"
+_FLUSHES: Final = 16
+_INTERRUPTED_LIVE: Final = timedelta(days=7)
 _PART: Final = ".part"
 """Ends the name of a trash entry that is being deleted."""
 
@@ -89,9 +97,14 @@ class LocalTree:
         space: SpaceLedger,
         now: Callable[[], datetime],
         custody: Custody | None = None,
+        flusher: Executor | None = None,
     ) -> None:
         self._custody = custody or Custody()
         self.root = root
+        self.flusher = flusher or ThreadPoolExecutor(_FLUSHES, thread_name_prefix="flush")
+        """Where files are made durable while others are written; starts no thread before the first."""
+        self._interrupted: dict[TinkerPath, Path] = {}
+        """Stages that a later attempt can go on with."""
         self._options = options
         self._space = space
         self.now = now
@@ -116,9 +129,10 @@ class LocalTree:
         make_directories(path, mode=0o700)
         return path
 
-    def open_stage(self, path: TinkerPath, expected_bytes: int | None) -> LocalStage:
-        """Reserve space and make a stage. Raises NoSpace, DiskTrouble."""
+    def open_stage(self, identity: Identity, expected_bytes: int | None) -> LocalStage:
+        """Reserve space and make an empty stage. Raises NoSpace, DiskTrouble."""
         self.check()
+        self._forget_old_stages()
         reservation = self._space.reserve(expected_bytes)
         try:
             with disk_errors("cannot make a stage in", self.root):
@@ -127,7 +141,48 @@ class LocalTree:
         except BaseException:
             reservation.release()
             raise
-        return LocalStage(self, path, home, reservation)
+        return LocalStage(self, identity, home, reservation)
+
+    def resume_stage(self, identity: Identity, source: str, expected_bytes: int | None) -> Interrupted | None:
+        """What an earlier attempt at this very object left, by that source. Raises NoSpace, DiskTrouble."""
+        self.check()
+        home = self._interrupted.pop(identity.path, None)
+        if home is None:
+            return None
+        note = read_note(home)
+        if note is None or note.reason or not note.identity.matches(identity) or not note.is_of(source):
+            _remove_tree(home)
+            return None if note is None else Interrupted(None, note.reason or "it is another object now")
+        reservation = self._space.reserve(max(0, (expected_bytes or 0) - note.kept))
+        stage = LocalStage(self, identity, home, reservation)
+        try:
+            stage.load(note)
+        except DiskTrouble as error:
+            stage.abort()
+            return Interrupted(None, str(error))
+        return Interrupted(stage, kept=note.kept)
+
+    def keep_interrupted(self, home: Path) -> bool:
+        """Remember a stage that a later attempt can go on with, or remove it: whether it is kept. Never raises."""
+        note = read_note(home)
+        if note is None:
+            _remove_tree(home)
+            return False
+        if note.reason:  # the next attempt says so; the bytes are of no use
+            _remove_tree(home / _PAYLOAD)
+        before = self._interrupted.get(note.identity.path)
+        if before is not None and before != home:
+            _remove_tree(before)
+        self._interrupted[note.identity.path] = home
+        return True
+
+    def _forget_old_stages(self) -> None:
+        """What nobody came back for is gone upstream by now."""
+        for path, home in list(self._interrupted.items()):
+            begun = _trashed_at(home.name)
+            if begun is None or self.now() - begun > _INTERRUPTED_LIVE:
+                self._interrupted.pop(path, None)
+                _remove_tree(home)
 
     def check(self) -> None:
         """Whether the root is the directory that was opened. Raises DiskTrouble: what is below it now is not the mirror."""
@@ -155,7 +210,7 @@ class LocalTree:
         with self._emptying:
             there = [item for item in self.trashed() if not self._custody.keeps(item)]
             if not there or sum(item.total_bytes for item in there) < missing:
-                return False
+                return self._reclaim_interrupted()
             try:
                 self.empty(there[0].entry)
             except TransferFailed:
@@ -163,8 +218,17 @@ class LocalTree:
             self._custody.told(there[0], "min_free")
             return True
 
+    def _reclaim_interrupted(self) -> bool:
+        """A download that waits for its next attempt gives its space to one that runs: whether there was one."""
+        try:
+            _, home = self._interrupted.popitem()
+        except KeyError:
+            return False
+        _remove_tree(home)
+        return True
+
     def recover(self) -> list[Committed]:
-        """Put right what a dead process left: finish whole stages, remove the others. Needs the lock.
+        """Put right what a dead process left: finish whole stages, keep what can be gone on with. Needs the lock.
 
         Returns what was committed. Raises DiskTrouble.
         """
@@ -176,7 +240,10 @@ class LocalTree:
                     manifest, _ = read_manifest(base)
                     with suppress(TransferFailed):
                         committed.append(self.place(base, manifest, home, repairs=True))
-                _remove_tree(home)
+                    _remove_tree(home)
+                else:
+                    self.keep_interrupted(home)
+            self._forget_old_stages()
             for leftover in self.area("trash").glob(f"*{_PART}"):
                 _remove_tree(leftover)
         return committed
@@ -517,28 +584,56 @@ class LocalTree:
 
 
 class LocalStage:
-    """One checkpoint being put together in `staging/`. Used by one thread at a time."""
+    """One checkpoint being put together in `staging/`. Its files can be written by several threads."""
 
-    def __init__(self, tree: LocalTree, path: TinkerPath, home: Path, space: Reservation) -> None:
+    def __init__(self, tree: LocalTree, identity: Identity, home: Path, space: Reservation) -> None:
         self._tree = tree
-        self._path = path
+        self._identity = identity
         self._home = home
         self._space = space
-        self._open: list[HashingWriter] = []
+        self._writers: list[HashingWriter] = []
+        self._objects: dict[str, StagedObject] = {}
+        self._noting = threading.Lock()
+        self._unnoted = 0
 
     @property
     def payload(self) -> Path:
         """Where the files are."""
         return self._home / _PAYLOAD
 
-    def write(self, path: PayloadPath, size: int | None = None) -> HashingWriter:
-        """Start a file. Raises NoSpace, DiskTrouble."""
+    def staged(self, key: str) -> StagedObject | None:
+        """What an earlier attempt kept of an object, where it can be gone on with."""
+        found = self._objects.get(key)
+        return None if found is None or found.reason else found
+
+    def stage_object(self, key: str, validator: str | None, claim: Claim) -> StagedObject:
+        """Begin an object; what was kept under that key is dropped. Raises NoSpace, DiskTrouble."""
+        before = self._objects.get(key)
+        if before is not None:
+            before.drop()
+            with disk_errors("cannot begin anew in", self.payload):
+                for path in before.files():
+                    self.payload.joinpath(*path.parts).unlink(missing_ok=True)
+        made = self._objects[key] = StagedObject(self, key, validator, claim)
+        return made
+
+    def write(self, path: PayloadPath, size: int | None = None, kept: Durable | None = None) -> HashingWriter:
+        """Start a file, or go on with one. Raises NoSpace, DiskTrouble."""
         options = self._tree.options
         target = self.payload.joinpath(*path.parts)
         with disk_errors("cannot make", target.parent):
             make_directories(target.parent, mode=options.dir_mode)
-        writer = HashingWriter(path, target, size=size, mode=options.file_mode, space=self._space)
-        self._open.append(writer)
+        writer = HashingWriter(
+            path,
+            target,
+            size=size,
+            mode=options.file_mode,
+            space=self._space,
+            flusher=self._tree.flusher,
+            flushed=self._note_some,
+            kept=kept,
+        )
+        self._writers.append(writer)
         return writer
 
     def make_directory(self, path: PayloadPath) -> None:
@@ -550,10 +645,12 @@ class LocalStage:
     def commit(self, manifest: Manifest, *, strip: str | None = None, repairs: bool = False) -> Committed:
         """Make it durable, then give it its final name. Raises NoSpace, DiskTrouble; the stage is gone in any case."""
         try:
+            self._settle()
             base = self.payload / strip if strip is not None else self.payload
             with disk_errors("cannot commit", base):
                 write_new(base / MANIFEST_NAME, manifest.to_bytes(), mode=self._tree.options.file_mode)
                 _fsync_directories(base)
+                (self._home / PROGRESS_FILE).unlink(missing_ok=True)
                 fsync_directory(self._home)
             return self._tree.place(base, manifest, self._home, repairs=repairs)
         finally:
@@ -565,15 +662,17 @@ class LocalStage:
         Returns the directory below the root. Raises NoSpace, DiskTrouble; the stage is gone in any case.
         """
         try:
+            self._settle()
             with disk_errors("cannot quarantine into", self._tree.root):
                 area = self._tree.area("quarantine")
                 notes = self._tree.notes(identity, [str(defect) for defect in defects])
+                (self._home / PROGRESS_FILE).unlink(missing_ok=True)
                 write_new(self._home / _NOTES, notes, mode=0o600)
                 _fsync_directories(self._home)
                 earlier = [
                     failure.quarantine
                     for failure in self._tree.quarantined()
-                    if failure.path == self._path and failure.identity.matches(identity)
+                    if failure.path == self._identity.path and failure.identity.matches(identity)
                 ]
                 target = area / self._home.name
                 os.rename(self._home, target)
@@ -584,13 +683,63 @@ class LocalStage:
         finally:
             self.abort()
 
+    def suspend(self) -> None:
+        """Leave what is durable for a later attempt, or remove it where there is nothing to go on with. Never raises."""
+        self._close()
+        self._tree.keep_interrupted(self._home)
+
     def abort(self) -> None:
         """Remove it. Never raises; harmless when it is gone."""
-        for writer in self._open:
-            writer.discard()
-        self._open.clear()
-        self._space.release()
+        self._close()
         _remove_tree(self._home)
+
+    def load(self, note: Note) -> None:
+        """Take up what an earlier attempt noted; everything else is removed. Raises DiskTrouble."""
+        with disk_errors("cannot go on with", self._home):
+            try:
+                objects = [StagedObject.from_json(self, document) for document in note.objects]
+            except (ValueError, TypeError, KeyError, AttributeError, PathInvalid) as error:
+                message = f"{self._home / PROGRESS_FILE} does not parse"
+                raise DiskTrouble(message) from error
+            kept = {self.payload.joinpath(*path.parts) for found in objects for path in found.files()}
+            for directory, _, names in os.walk(self.payload):
+                for path in (Path(directory, name) for name in names):
+                    if path not in kept:
+                        path.unlink()
+        self._objects = {found.key: found for found in objects}
+
+    def _settle(self) -> None:
+        for writer in self._writers:
+            writer.settle()
+
+    def _close(self) -> None:
+        for writer in self._writers:
+            writer.discard()
+        self._writers.clear()
+        self._space.release()
+
+    def _note_some(self, durable: int) -> None:
+        """So many more bytes are on the device: after enough of them, note it. Raises NoSpace, DiskTrouble."""
+        with self._noting:
+            self._unnoted += durable
+            if self._unnoted < FLUSH_EVERY or all(found.validator is None for found in self._objects.values()):
+                return
+            self._unnoted = 0
+            objects = tuple(found.as_json() for found in list(self._objects.values()))
+            note = Note(self._identity, rfc3339(self._tree.now()), objects)
+            with disk_errors("cannot note progress in", self._home):
+                _fsync_directories(self._home)
+                fsync_directory(self._home.parent)
+                replace_file(self._home / PROGRESS_FILE, json_bytes(note.as_json()))
+
+
+@dataclass(frozen=True, slots=True)
+class Interrupted:
+    """A `ports.Interrupted`."""
+
+    stage: LocalStage | None
+    reason: str = ""
+    kept: int = 0
 
 
 def _trashed_at(entry: str) -> datetime | None:

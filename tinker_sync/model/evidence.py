@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -47,6 +47,14 @@ class Defect:
 
 
 @dataclass(frozen=True, slots=True)
+class Span:
+    """Bytes `first` up to, without, `end` of an object."""
+
+    first: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
 class Claim:
     """What the storage promised about one body."""
 
@@ -61,6 +69,13 @@ class Claim:
             **({"length": self.length} if self.length is not None else {}),
             **({"digests": {name: value.hex() for name, value in self.digests.items()}} if self.digests else {}),
         }
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Claim:
+        """The reverse. Raises ValueError, TypeError, AttributeError."""
+        digests = {str(name): bytes.fromhex(value) for name, value in document.get("digests", {}).items()}
+        length = document.get("length")
+        return cls(None if length is None else int(length), digests)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,355 @@
+"""What an interrupted transfer leaves, and what the next attempt makes of it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import structlog
+
+from tests.conftest import NOW, Site, command, run
+from tests.test_destination import OBJECT, PATH, make_tree
+from tests.test_sync import expected
+from tinker_sync.acquire import download
+from tinker_sync.destination import files as durable
+from tinker_sync.destination import local
+from tinker_sync.errors import DiskTrouble
+from tinker_sync.model.checkpoint import Identity
+from tinker_sync.model.evidence import Claim
+from tinker_sync.model.paths import PayloadPath
+from tinker_sync.sandbox import Fault, Payload, adapter
+from tinker_sync.sandbox.adapters import PayloadFile, safetensors
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+RUN = "39aa5eb2-e234-5a95-ab68-896e4cac8c45:train:0"
+SIZE = 3_000_000
+
+
+@pytest.fixture
+def _often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flushed and noted every 200 kB instead of every 64 MiB, spans of 64 KiB."""
+    monkeypatch.setattr(durable, "FLUSH_EVERY", 200_000)
+    monkeypatch.setattr(local, "FLUSH_EVERY", 200_000)
+    monkeypatch.setattr(download, "SEGMENT", 65_536)
+    monkeypatch.setattr(download, "FIRST", 4 * 65_536)
+
+
+@contextmanager
+def logged(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
+    """What is logged, as dictionaries."""
+    with structlog.testing.capture_logs() as events:
+        structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(0))
+        monkeypatch.setattr("tinker_sync.transfer.log", structlog.get_logger())
+        yield events
+
+
+def training(*, compressed: bool = False, seed: int = 1) -> Payload:
+    """Configuration, weights, a directory with optimizer state, marker: the weights in the middle of it."""
+    made = adapter(seed, pad_to=SIZE, optimizer=True).files
+    state = safetensors("optimizer/state.safetensors", {"m": ("U8", [SIZE // 2])}, seed)
+    return Payload((*made[:2], state, PayloadFile.of("empty", b""), *made[2:]), compressed=compressed)
+
+
+class After:
+    """A reporter that does something once so many bytes have come."""
+
+    def __init__(self, size: int, do: Callable[[], object]) -> None:
+        self._left = size
+        self._do = do
+
+    def advanced(self, _: object, received: int) -> None:
+        """More came."""
+        before, self._left = self._left, self._left - received
+        if before > 0 >= self._left:
+            self._do()
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_: None
+
+
+async def interrupt(site: Site, after: int) -> None:
+    """A pass that is cancelled after so many bytes, as SIGTERM does."""
+    reached = asyncio.Event()
+    task = asyncio.create_task(site.sync(After(after, reached.set)))
+    await asyncio.wait_for(reached.wait(), 20)
+    task.cancel()
+    await asyncio.wait([task])
+
+
+def first_bytes(site: Site) -> list[int]:
+    """Where each storage request began."""
+    spans = [re.match(r"bytes=(\d+)-", found.get("range", "")) for found in site.sandbox.storage_requests]
+    return [int(span.group(1)) for span in spans if span is not None]
+
+
+@pytest.mark.usefixtures("_often")
+@pytest.mark.parametrize("prefix", ["", "big/"])
+async def test_a_pass_goes_on_where_the_last_one_was_stopped(
+    site: Site, monkeypatch: pytest.MonkeyPatch, prefix: str
+) -> None:
+    """What is durable is not fetched again; the files are the same as ever, and staging is empty at the end."""
+    payload = Payload(training().files, prefix=prefix)
+    made = site.sandbox.account.add(RUN, "big", payload=payload)
+    site.transfer = {"bandwidth": 3_000_000, "stall_timeout": "5s"}
+    await interrupt(site, 2_500_000)
+    note = json.loads((site.staging()[0] / "progress.json").read_text())
+    assert note["tinker_path"] == str(made.path)
+    site.sandbox.storage_requests.clear()
+    site.transfer = {}
+    with logged(monkeypatch) as events:
+        result = await site.sync()
+    assert result.transferred == [made.path]
+    assert site.payload(made.path) == expected(payload)
+    assert min(first_bytes(site)) >= 2_000_000
+    (resumed,) = [event for event in events if event["event"] == "transfer.resumed"]
+    assert resumed["bytes"] >= 2_000_000
+    assert site.staging() == []
+    directory = site.directory(made.path)
+    assert not list(directory.rglob("progress.json"))
+
+
+@pytest.mark.usefixtures("_often")
+async def test_again_and_again(site: Site) -> None:
+    """Stopped many times, each time a little further; nothing is fetched twice but what was not durable."""
+    payload = training()
+    made = site.sandbox.account.add(RUN, "big", payload=payload)
+    site.transfer = {"bandwidth": 4_000_000, "stall_timeout": "5s"}
+    for _ in range(3):
+        await interrupt(site, 1_400_000)
+    site.transfer = {}
+    assert (await site.sync()).transferred == [made.path]
+    assert site.payload(made.path) == expected(payload)
+    assert first_bytes(site).count(0) == 1
+
+
+@pytest.mark.usefixtures("_often")
+async def test_a_storage_that_fails_in_the_middle_is_gone_on_with(site: Site) -> None:
+    """Not only a dead process: a failed attempt leaves what is durable for the next one."""
+    payload = training()
+    made = site.sandbox.account.add(RUN, "big", payload=payload)
+    gone = Fault("storage", "status", times=1, status=404)
+    result = await site.sync(After(2_500_000, lambda: site.sandbox.faults.append(gone)))
+    assert result.transferred == [made.path]
+    assert site.payload(made.path) == expected(payload)
+    assert len([raw for _, raw in site.sandbox.requests if raw.endswith("/archive")]) == 2
+    assert first_bytes(site).count(0) == 1
+
+
+@pytest.mark.usefixtures("_often")
+@pytest.mark.parametrize("how", ["etag", "identity"])
+async def test_another_object_is_fetched_from_its_first_byte(
+    site: Site, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """Packed again upstream, or overwritten: no byte of the old one is in the new one."""
+    site.sandbox.account.add(RUN, "big", payload=training(), time=NOW)
+    site.transfer = {"bandwidth": 3_000_000, "stall_timeout": "5s"}
+    await interrupt(site, 2_500_000)
+    site.transfer = {}
+    fresh = training(seed=2)
+    made = site.sandbox.account.add(RUN, "big", payload=fresh, time=NOW if how == "etag" else None)
+    if how == "etag":
+        site.sandbox.faults.append(Fault("storage", "none", headers={"ETag": '"packed-again"'}))  # type: ignore[arg-type]
+    with logged(monkeypatch) as events:
+        result = await site.sync()
+    assert result.transferred == [made.path]
+    assert site.payload(made.path) == expected(fresh)
+    assert [event["reason"] for event in events if event["event"] == "transfer.starts_over"]
+    assert site.staging() == []
+
+
+@pytest.mark.usefixtures("_often")
+@pytest.mark.parametrize("harm", ["flip", "short", "gone", "note", "lie"])
+async def test_what_was_kept_is_read_before_it_is_believed(site: Site, harm: str) -> None:
+    """A flipped bit, a lost tail, a lost file, a note that is none: it starts over, and is right."""
+    payload = training()
+    made = site.sandbox.account.add(RUN, "big", payload=payload)
+    site.transfer = {"bandwidth": 3_000_000, "stall_timeout": "5s"}
+    await interrupt(site, 2_500_000)
+    site.transfer = {}
+    (home,) = site.staging()
+    weights = home / "payload" / "adapter_model.safetensors"
+    note = json.loads((home / "progress.json").read_text())
+    if harm == "flip":
+        content = bytearray(weights.read_bytes())
+        content[100_000] ^= 1
+        weights.write_bytes(content)
+    elif harm == "short":
+        os.truncate(weights, 50_000)
+    elif harm == "gone":
+        weights.unlink()
+    elif harm == "note":
+        (home / "progress.json").write_bytes(b'{"format": 1, "objects": [{}]}')
+    else:
+        note["objects"][0]["parts"] = [{"framing": "AAAA"}, *note["objects"][0]["parts"]]
+        (home / "progress.json").write_text(json.dumps(note))
+    assert (await site.sync()).transferred == [made.path]
+    assert site.payload(made.path) == expected(payload)
+    assert site.staging() == []
+
+
+@pytest.mark.usefixtures("_often")
+async def test_a_note_cannot_write_elsewhere(site: Site) -> None:
+    """What stands in a stage is no more trusted than an archive."""
+    made = site.sandbox.account.add(RUN, "big", payload=training())
+    site.transfer = {"bandwidth": 3_000_000, "stall_timeout": "5s"}
+    await interrupt(site, 2_500_000)
+    site.transfer = {}
+    (home,) = site.staging()
+    victim = site.home / "victim"
+    victim.write_text("mine")
+    (home / "payload" / "link").symlink_to(site.home)
+    note = json.loads((home / "progress.json").read_text())
+    note["objects"][0]["parts"].append({"file": "../../../../victim", "bytes": 4, "sha256": "0"})
+    (home / "progress.json").write_text(json.dumps(note))
+    assert (await site.sync()).transferred == [made.path]
+    assert victim.read_text() == "mine"
+
+
+@pytest.mark.usefixtures("_often")
+async def test_a_gzip_says_that_it_starts_over(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once, and its useless bytes take no space meanwhile."""
+    payload = training(compressed=True)
+    made = site.sandbox.account.add(RUN, "big", payload=payload)
+    site.transfer = {"bandwidth": 1_500_000, "stall_timeout": "5s"}
+    await interrupt(site, 1_500_000)
+    assert [path.name for path in site.staging()[0].iterdir()] == ["progress.json"]
+    site.transfer = {}
+    with logged(monkeypatch) as events:
+        assert (await site.sync()).transferred == [made.path]
+    (said,) = [event for event in events if event["event"] == "transfer.starts_over"]
+    assert "gzip" in said["reason"]
+    assert site.payload(made.path) == expected(payload)
+    assert site.staging() == []
+
+
+@pytest.mark.usefixtures("_often")
+async def test_external_files_are_gone_on_with_one_by_one(site: Site) -> None:
+    """Whole ones are only asked whether they are still the same, the others go on."""
+    files = tuple(safetensors(f"part-{n}.safetensors", {"m": ("U8", [600_000])}, n) for n in range(12))
+    payload = Payload((adapter(1).files[0], *files))
+    made = site.sandbox.account.add(RUN, "big", "external", payload=payload)
+    site.transfer = {"bandwidth": 4_000_000, "stall_timeout": "5s"}
+    await interrupt(site, 5_000_000)
+    site.sandbox.storage_requests.clear()
+    site.transfer = {}
+    assert (await site.sync()).transferred == [made.path]
+    assert site.payload(made.path) == {file.name: file.read() for file in payload.files}
+    spans = [found["range"] for found in site.sandbox.storage_requests]
+    asked = [re.fullmatch(r"bytes=(\d+)-(\d+)", span) for span in spans]
+    total = sum(min(int(found[2]), 600_100) - int(found[1]) + 1 for found in asked if found is not None)
+    assert total < payload.total_bytes - 2_500_000
+    assert site.staging() == []
+
+
+@pytest.mark.usefixtures("_often")
+async def test_one_external_file_that_changed_is_fetched_anew(site: Site) -> None:
+    """The others stay."""
+    files = tuple(safetensors(f"part-{n}.safetensors", {"m": ("U8", [900_000])}, n) for n in range(6))
+    payload = Payload((adapter(1).files[0], *files))
+    made = site.sandbox.account.add(RUN, "big", "external", payload=payload)
+    site.transfer = {"bandwidth": 4_000_000, "stall_timeout": "5s"}
+    await interrupt(site, 4_500_000)
+    site.transfer = {}
+    changed = safetensors("part-0.safetensors", {"m": ("U8", [900_000])}, 99)
+    made.payload = Payload((payload.files[0], changed, *files[1:]))
+    site.sandbox.faults.append(Fault("storage", "none", match="#part-0", headers={"ETag": '"other"'}))  # type: ignore[arg-type]
+    assert (await site.sync()).transferred == [made.path]
+    assert site.payload(made.path) == {file.name: file.read() for file in made.payload.files}
+
+
+@pytest.mark.usefixtures("_often")
+def test_what_nobody_comes_back_for_goes(tmp_path: Path) -> None:
+    """After a week, for space, and when the same checkpoint leaves another; a small one is never kept."""
+    tree = make_tree(tmp_path)
+
+    def leave(path: Any, size: int) -> None:
+        stage = tree.open_stage(Identity(path, NOW, None), None)
+        staged = stage.stage_object("archive", '"etag"', Claim(10**9))
+        staged.framing(b"header")
+        writer = staged.write(PayloadPath.parse("a"))
+        for _ in range(size // 100_000):
+            writer.write(b"x" * 100_000)
+        writer.settle()
+        stage.suspend()
+
+    def kept() -> int:
+        return len(list(tree.area("staging").iterdir()))
+
+    leave(PATH, 100_000)
+    assert kept() == 0
+    leave(PATH, 500_000)
+    leave(PATH, 700_000)
+    assert kept() == 1
+    found = tree.resume_stage(OBJECT, "archive", None)
+    assert found is not None
+    assert found.stage is not None
+    assert found.kept == 600_000
+    found.stage.suspend()
+    assert tree._reclaim(1)
+    assert kept() == 0
+    leave(PATH, 500_000)
+    tree.recover()
+    assert kept() == 1
+    later = make_tree(tmp_path)
+    later.now = lambda: NOW.replace(month=NOW.month + 1)  # type: ignore[method-assign]
+    later.recover()
+    assert kept() == 0
+
+
+def test_a_failed_flush_is_final_for_its_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it happens in the background: nothing of it is noted, and the commit fails."""
+    monkeypatch.setattr(durable, "FLUSH_EVERY", 1000)
+    monkeypatch.setattr(local, "FLUSH_EVERY", 1000)
+    tree = make_tree(tmp_path)
+    stage = tree.open_stage(OBJECT, None)
+    writer = stage.stage_object("archive", '"etag"', Claim(5000)).write(PayloadPath.parse("a"))
+
+    def broken(_: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fdatasync", broken)
+    writer.write(b"x" * 2000)
+    with pytest.raises(DiskTrouble, match="look at the disk"):
+        writer.write(b"x" * 2000)
+    monkeypatch.undo()
+    with pytest.raises(DiskTrouble):
+        writer.settle()
+    stage.suspend()
+    assert list(tree.area("staging").iterdir()) == []
+
+
+def test_kill_9_costs_what_was_not_durable(outside: Site) -> None:
+    """The installed command, killed in the middle of 400 MB; the next one goes on, and every byte is right."""
+    payload = Payload(adapter(1, pad_to=400_000_000).files)
+    made = outside.sandbox.account.add(RUN, "big", payload=payload)
+    config = outside.write_config("[transfer]\nbandwidth = '150MB'\n")
+    running = subprocess.Popen(command("--config", str(config), "sync"), stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not any((home / "progress.json").exists() for home in outside.staging()):
+        assert time.monotonic() < deadline
+        assert running.poll() is None
+        time.sleep(0.02)
+    time.sleep(0.5)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    outside.sandbox.storage_requests.clear()
+    fast = outside.write_config()
+    done = run(["--config", str(fast), "--log-format", "json", "sync", "--json"], check=0)
+    assert json.loads(done.stdout)["transferred"] == [str(made.path)]
+    assert '"transfer.resumed"' in done.stderr
+    assert min(first_bytes(outside)) >= 64 * 1024 * 1024
+    assert json.loads(run(["--config", str(fast), "verify", "--json"], check=0).stdout)["ok"] == 1
+    content = (outside.directory(made.path) / "adapter_model.safetensors").read_bytes()
+    assert content == payload.files[1].read()
+    assert outside.staging() == []
