@@ -15,7 +15,7 @@ from aiohttp import web
 from tests.test_transport import serving
 from tinker_sync.acquire import download as module
 from tinker_sync.acquire.download import Downloader, Start
-from tinker_sync.acquire.lanes import Lanes, Turns
+from tinker_sync.acquire.lanes import AHEAD, Lanes, Turns
 from tinker_sync.errors import StorageTrouble
 from tinker_sync.integrity import headers_of_whole, served_span, strong_validator
 from tinker_sync.model.evidence import Span
@@ -95,7 +95,7 @@ async def downloading(store: Store, **options: Any) -> AsyncIterator[tuple[Downl
 
         yield Downloader(storage, lanes, SYSTEM_CLOCK), sign, lanes
         assert lanes.connections.free == connections, "every connection was given back"
-        assert lanes.ahead.free == 16, "so was the memory"
+        assert lanes.ahead.free == AHEAD, "so was the memory"
 
 
 async def fetch(downloader: Downloader, sign: Any, start: Start | None = None, urgency: int = 1) -> tuple[int, bytes]:
@@ -302,8 +302,8 @@ async def test_a_consumer_that_waits_fills_no_memory() -> None:
     ):
         await asyncio.sleep(0.5)
         waiting = sum(piece.buffered for download in (one, two) for piece in download._pieces)
-        # 16 spans ahead, and the first of each, which stops at one span and what was under way
-        assert 16 * SEGMENT <= waiting <= (16 + 2 * 2) * SEGMENT + 2 * 1024 * 1024
+        # 15 spans ahead, and the first of each, which stops at one span and what was under way
+        assert 15 * SEGMENT <= waiting <= (15 + 2 * 2) * SEGMENT + 2 * 1024 * 1024
         assert b"".join([chunk async for chunk in one.chunks()]) == store.body
         assert b"".join([chunk async for chunk in two.chunks()]) == store.body
 

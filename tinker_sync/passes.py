@@ -682,7 +682,7 @@ class Mirror:
             raise first_of(several) from None
 
     async def _start_what_may(self, group: asyncio.TaskGroup) -> None:
-        while len(self._running) < self._settings.connections:
+        while len(self._running) < self._settings.connections * 3 // 2:  # some are signed or made durable meanwhile
             self._beat(_LOOP_MOST)
             transfer = self._queue.claim(self._may_start)
             if transfer is None:

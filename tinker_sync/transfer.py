@@ -27,7 +27,7 @@ from tinker_sync.model.evidence import Defect, Kind
 from tinker_sync.model.manifest import FileEntry, Manifest, ManifestInvalid
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from concurrent.futures import Executor
 
     from tinker_sync.model.checkpoint import Checkpoint, RunFacts
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _INTERRUPTIONS: Final = (StorageTrouble, ServiceTrouble, BeingMade)
 """After these the next attempt goes on with what is durable."""
+_MOST_RECORDED: Final = 100
 log = structlog.get_logger()
 
 
@@ -70,6 +71,8 @@ class Transferrer:
         self._indexer = indexer
         self._marker_required = marker_required
         self._tool_version = tool_version
+        self._recorded: dict[str, Mapping[str, object]] = {}
+        """By run what was written of it last."""
 
     async def transfer(
         self, transfer: Transfer, checkpoint: Checkpoint, *, repairs: Replica | None = None
@@ -154,7 +157,7 @@ class Transferrer:
         elif defects:
             kept = await intake.run(partial(stage.quarantine, checkpoint.identity, defects))
             raise Defective(defects, quarantine=kept)
-        committed = await intake.run(partial(stage.commit, manifest, strip=strip, repairs=repairs is not None))
+        committed = await intake.commit(partial(stage.commit, manifest, strip=strip, repairs=repairs is not None))
         await self._record(committed, facts, intake)
         return committed
 
@@ -168,9 +171,10 @@ class Transferrer:
     async def _record(self, committed: Committed, facts: RunFacts, intake: _Intake) -> None:
         """The catalog is an index: the replica is there whatever becomes of this."""
         await self._note(committed)
-        if facts.training_run is not None:
-            run_id = committed.replica.path.run_id
-            await intake.run(partial(self._destination.record_run, run_id, facts.training_run))
+        run_id, run = committed.replica.path.run_id, facts.training_run
+        if run is not None and self._recorded.get(run_id) is not run:
+            await intake.run(partial(self._destination.record_run, run_id, run))
+            self._recorded = {run_id: run} if len(self._recorded) >= _MOST_RECORDED else self._recorded | {run_id: run}
 
     async def _note(self, committed: Committed) -> None:
         loop = asyncio.get_running_loop()
@@ -258,6 +262,11 @@ class _Intake:
             if undo is not None and not future.cancelled() and future.exception() is None:
                 await asyncio.get_running_loop().run_in_executor(self._writers, undo, future.result())
             raise
+
+    async def commit(self, work: Callable[[], Committed]) -> Committed:
+        """Run what ends the stage, whatever comes of it."""
+        self.stage = None
+        return await self.run(work)
 
     def advanced(self, received: int) -> None:
         self._reporter.advanced(self._transfer, received)

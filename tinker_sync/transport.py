@@ -49,7 +49,8 @@ MAX_ANSWER: Final = 64 * 1024 * 1024
 """The most that is read of an answer of the API, in bytes."""
 ATTEMPTS: Final = 5
 RETRY_AFTER_MOST: Final = 60.0
-_BUFFER: Final = 512 * 1024
+_BUFFER: Final = 128 * 1024
+"""Bytes that a connection reads ahead, twice that at the most."""
 _REDIRECTS: Final = 5
 _ROUTE_WORDS: Final = frozenset(
     (

@@ -81,7 +81,7 @@ class ArchiveSource:
         claim, odd = read_claim(body.headers)
         expected = max(claim.length or 0, transfer.size_bytes or 0) or None
         stage = await intake.begin(expected)
-        staged = await intake.run(partial(stage.stage_object, _OBJECT, body.validator, claim))
+        staged = stage.stage_object(_OBJECT, body.validator, claim)  # of an empty stage: nothing blocks
         return Unpacker(staged, self._limits, transfer.size_bytes, odd)
 
     async def _unpack(self, body: Body, unpacker: Unpacker, intake: Intake, *, by_bare_id: bool) -> Acquired:

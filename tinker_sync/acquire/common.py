@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tinker_sync.model.evidence import Claim, Defect, SeenFile
     from tinker_sync.ports import Intake, StagedObject
 
-_PIECE: Final = 1024 * 1024
+_PIECE: Final = 512 * 1024
 """Bytes per step of the writing thread: large enough that switching threads costs nothing."""
 _REPLAYED_AT_ONCE: Final = 8
 """Pieces of at most 1 MiB per step of the writing thread."""

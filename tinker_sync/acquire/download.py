@@ -34,12 +34,12 @@ if TYPE_CHECKING:
     Sign = Callable[[SignedUrl | None], Awaitable[SignedUrl]]
     """Gives the object's URL: another one than the one that was refused."""
 
-FIRST: Final = 4 * SEGMENT
+FIRST: Final = 3 * SEGMENT
 """Bytes that the first request asks for: small objects are whole with it."""
-LONG: Final = 16 * SEGMENT
+LONG: Final = 12 * SEGMENT
 """Bytes of a span while all connections are busy: it is consumed as it comes, and needs no memory."""
-_BUFFERED: Final = SEGMENT
-"""The most of one span that waits in memory, in bytes."""
+_BUFFERED: Final = SEGMENT // 6
+"""How much waits in memory of a span that has none of its own, in bytes: enough to read on while it is written."""
 _REAL_PROGRESS: Final = 64 * 1024
 """Bytes of one answer after which a cut is no reason to wait or to give up."""
 _PATIENCE: Final = 4
@@ -98,7 +98,7 @@ class _Piece:
         self.chunks.append(chunk)
         self.buffered += len(chunk)
         self.arrived.set()
-        while self.buffered >= _BUFFERED and self.position != self.end:
+        while self.buffered >= _BUFFERED and not self.ahead:
             self.room.clear()
             await self.room.wait()
 
@@ -136,11 +136,13 @@ class Downloader:
         Raises StorageTrouble, NotTransferable, and what `sign` raises; so does reading.
         """
         download = Download(self, self._storage, self._lanes, self._clock, sign, urgency)
+        await self._lanes.ahead.take(lambda: (0, urgency))  # lent, if need be
         try:
             await download.begin(start)
             yield download
         finally:
             await download.close()
+            self._lanes.ahead.give()
 
     def trusts(self, host: str) -> bool:
         """Whether spans may be asked for there."""
@@ -236,7 +238,11 @@ class Download:
     # The order of spans
 
     def _rank(self) -> tuple[int, int]:
-        return (1 if self._pieces else 0, self._urgency)
+        return (1 if self._is_ahead() else 0, self._urgency)
+
+    def _is_ahead(self) -> bool:
+        """Whether something is on its way already that comes before the next span."""
+        return any(not piece.over for piece in self._pieces)
 
     async def _head(self) -> _Piece | None:
         while not self._pieces:
@@ -250,8 +256,9 @@ class Download:
         """Fill it in a task of its own, to which the connection that was taken belongs."""
 
         def ended(task: asyncio.Task[None]) -> None:
-            self._lanes.connections.give()
             piece.finish(None if task.cancelled() else task.exception())
+            self._lanes.connections.give()
+            self._lanes.ahead.look_again()
 
         self._pieces.append(piece)
         self._start(filling).add_done_callback(ended)
@@ -266,7 +273,7 @@ class Download:
     async def _fetch_ahead(self) -> None:
         """Begin one span after the other, each as soon as there is a connection, and memory unless it is its turn."""
         while self._next is not None and self._next < self._total:
-            ahead = bool(self._pieces)
+            ahead = self._is_ahead()
             if ahead:
                 await self._lanes.ahead.take(self._rank)
             try:
@@ -275,7 +282,10 @@ class Download:
                 if ahead:
                     self._lanes.ahead.give()
                 raise
-            size = SEGMENT if self._pieces or self._lanes.connections.free else LONG
+            if ahead and not self._is_ahead():  # its turn came meanwhile
+                self._lanes.ahead.give()
+                ahead = False
+            size = SEGMENT if ahead or self._lanes.connections.free > 0 else LONG
             first, self._next = self._next, min(self._next + size, self._total)
             piece = _Piece(first, self._next, ahead=ahead)
             self._fill_piece(piece, self._fill(piece, self._next))
@@ -315,7 +325,7 @@ class Download:
             start = None
 
     def _first_span(self) -> Span:
-        return Span(0, FIRST if self._lanes.connections.free else LONG)
+        return Span(0, FIRST if self._lanes.connections.free > 0 else LONG)
 
     async def _sign_again(self, refused: SignedUrl, trouble: StorageTrouble) -> None:
         if trouble.status in _REFUSED:

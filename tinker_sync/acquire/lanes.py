@@ -14,10 +14,10 @@ from typing import Final
 Rank = Callable[[], tuple[int, int]]
 """(0 for what is waited for, 1 for what is fetched ahead; the transfer's priority): asked again whenever places come free."""
 
-SEGMENT: Final = 2 * 1024 * 1024
+SEGMENT: Final = 3 * 1024 * 1024
 """Bytes of a span that is fetched ahead, all of which can have to wait in memory."""
-_AHEAD: Final = 16
-"""How many such spans there are at a time, of all downloads together."""
+AHEAD: Final = 17
+"""How many such spans there are at a time, of all downloads together, counting for each download one for its next bytes."""
 
 
 @dataclass(slots=True, eq=False)
@@ -27,15 +27,19 @@ class _Waiter:
 
 
 class Turns:
-    """So many places, given to whoever ranks first, in the order of asking among equals."""
+    """So many places, given to whoever ranks first, in the order of asking among equals.
 
-    def __init__(self, places: int) -> None:
+    With `lends`, what is waited for gets one even where none is free: else it could wait for those who wait for it.
+    """
+
+    def __init__(self, places: int, *, lends: bool = False) -> None:
         self._free = places
+        self._lends = lends
         self._waiting: list[_Waiter] = []
 
     @property
     def free(self) -> int:
-        """Places that nobody holds or waits for."""
+        """Places that nobody holds or waits for; below zero where some are lent."""
         return self._free
 
     async def take(self, rank: Rank) -> None:
@@ -57,10 +61,16 @@ class Turns:
         self._free += 1
         self._hand_out()
 
+    def look_again(self) -> None:
+        """Somebody's rank has changed."""
+        self._hand_out()
+
     def _hand_out(self) -> None:
         self._waiting = [waiter for waiter in self._waiting if not waiter.turn.done()]
-        while self._free and self._waiting:
+        while self._waiting:
             first = min(self._waiting, key=lambda waiter: waiter.rank())
+            if self._free <= 0 and not (self._lends and first.rank()[0] == 0):
+                return
             self._waiting.remove(first)
             self._free -= 1
             first.turn.set_result(None)
@@ -71,4 +81,4 @@ class Lanes:
 
     def __init__(self, connections: int) -> None:
         self.connections = Turns(connections)
-        self.ahead = Turns(_AHEAD)
+        self.ahead = Turns(AHEAD, lends=True)

@@ -32,6 +32,9 @@ _judging = threading.Lock()
 FLUSH_EVERY: Final = 64 * 1024 * 1024
 """So that the last fsync, and a stop, stay short."""
 
+_QUICK: Final = 1024 * 1024
+"""Fewer bytes than this are made durable at once: another thread would cost more than it saves."""
+
 
 @contextmanager
 def disk_errors(what: str, where: Path) -> Iterator[None]:
@@ -123,8 +126,8 @@ class Durable:
 class HashingWriter:
     """One payload file: hashed and counted as it is written, flushed every 64 MiB and at the end.
 
-    Flushing is the flusher's business, one at a time for each file, so that the wire does not wait for the device. What
-    it meets is raised by the next flush, or by `settle`. `flushed` hears, from a flusher's thread, how many more bytes
+    Flushing much is the flusher's business, once at a time for each file, so that the wire does not wait for the device.
+    What it meets is raised by the next flush, or by `settle`. `flushed` hears, from a flusher's thread, how many more bytes
     are durable. With `kept`, that much of the file is there already: it is hashed as it is given again, not written.
     """
 
@@ -202,7 +205,10 @@ class HashingWriter:
         self.settle()
         reached = Durable(self._size, self._hash.hexdigest())
         written, self._unflushed = self._unflushed, 0
-        self._flushing = self._flusher.submit(self._make_durable, reached, written, last=last)
+        if written < _QUICK:
+            self._make_durable(reached, written, last=last)
+        else:
+            self._flushing = self._flusher.submit(self._make_durable, reached, written, last=last)
 
     def _make_durable(self, reached: Durable, written: int, *, last: bool) -> None:
         with disk_errors("cannot flush", self._target):

@@ -805,9 +805,14 @@ def _remove_tree(path: Path) -> None:
             os.chmod(os.path.dirname(name), 0o700)
             os.chmod(name, 0o700)
 
+    with suppress(OSError):
+        os.rmdir(path)  # what was committed leaves an empty one
+        return
     for _ in range(2):  # once more, with what stood in the way made writable
         with suppress(OSError, RecursionError):
             shutil.rmtree(path, ignore_errors=False, onerror=make_writable)
+        if not os.path.lexists(path):
+            return
 
 
 def _readable(component: str) -> str:

@@ -51,6 +51,8 @@ class Sandbox:
         """(method, raw path below the prefix) of every API request."""
         self.storage_requests: list[dict[str, str]] = []
         """Headers of every storage request, names in lower case."""
+        self.sent_bytes = 0
+        """Of checkpoints, by the storage."""
         self.on_page: Callable[[int], None] = lambda _: None
         """Called with the offset before a page is made, to let the account change on the way."""
         self.base_url = ""
@@ -63,11 +65,11 @@ class Sandbox:
         self._jwts: set[str] = set()
 
     @asynccontextmanager
-    async def running(self, port: int = 0) -> AsyncIterator[Sandbox]:
-        """Serve on 127.0.0.1, on ports that the system chooses."""
+    async def running(self, port: int = 0, storage_port: int = 0) -> AsyncIterator[Sandbox]:
+        """Serve on 127.0.0.1, on ports that the system chooses unless they are named."""
         runners = []
         try:
-            for handler, wanted in ((self._api, port), (self._storage, 0)):
+            for handler, wanted in ((self._api, port), (self._storage, storage_port)):
                 app = web.Application(client_max_size=1 << 30)
                 app.on_response_prepare.append(self._date)
                 app.router.add_route("*", r"/{rest:[\s\S]*}", _unless_left(handler))
@@ -551,12 +553,14 @@ class Sandbox:
                 chunk = chunk[:place] + bytes([chunk[place] ^ 0xFF]) + chunk[place + 1 :]
             if fault is not None and stop is not None and position + len(chunk) > stop:
                 await response.write(chunk[: stop - position])
+                self.sent_bytes += stop - position
                 if fault.kind == "stall":
                     await asyncio.sleep(fault.seconds)
                 _reset(request)
                 return
             await response.write(chunk)
             position += len(chunk)
+            self.sent_bytes += len(chunk)
             if fault is not None and fault.kind == "slow":
                 await asyncio.sleep(fault.seconds)
         await response.write_eof()
