@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from tests.conftest import NOW
+from tinker_sync.api import wire
 from tinker_sync.api.client import RestClient
-from tinker_sync.api.listing import AccountLister, Page, prove
+from tinker_sync.api.listing import AccountLister, Page, from_json, from_wire, prove
 from tinker_sync.errors import CredentialRefused, ServiceTrouble, Unreachable
-from tinker_sync.model.checkpoint import Listing, Sighting
+from tinker_sync.model.checkpoint import Checkpoint, Listing, Sighting
+from tinker_sync.model.paths import PathInvalid
 from tinker_sync.sandbox import Fault, Sandbox, adapter
 from tinker_sync.transport import ApiTransport
 
@@ -303,3 +306,54 @@ async def test_a_wrong_key_and_no_server(sandbox: Sandbox) -> None:
     async with ApiTransport("http://127.0.0.1:1/x", KeyOnly("tml-x"), timeout=1.0) as transport:
         with pytest.raises(Unreachable, match="refused"):
             await RestClient(transport).list_user_checkpoints()
+
+
+ROW = {
+    "tinker_path": "tinker://r:train:0/weights/1",
+    "checkpoint_id": "weights/1",
+    "checkpoint_type": "training",
+    "time": "2026-01-01T00:00:00.5Z",
+    "size_bytes": 5,
+    "public": False,
+    "user_metadata": {"step": "1"},
+    "expires_at": "2027-01-01T00:00:00+02:00",
+}
+ODD = st.sampled_from(
+    [
+        *(
+            None,
+            True,
+            False,
+            0,
+            -1,
+            1 << 63,
+            1.7e9,
+            float("inf"),
+            10**400,
+            "",
+            "x",
+            "é",
+            "\ud800",
+            " 2026-01-01T00:00:00Z ",
+        ),
+        *("2026-01-01", "2026-01-01T00:00:00", "9999-12-31T23:59:59-05:00", "0001-01-01T00:00:00+05:00"),
+        *("tinker://r/weights/é", "tinker://r/x/\ud800", "tinker://r/weights", "tinker:///weights/a"),
+        *([], ["a"], {}, {"a": "b"}, {"a": 1}, {"é": "b"}, {"a": "\ud800"}, {"a": None}),
+    ]
+)
+
+
+@given(
+    st.dictionaries(st.sampled_from([*ROW, "later", "é", "\ud800"]), ODD, max_size=3),
+    st.lists(st.sampled_from([*ROW]), max_size=2),
+)
+def test_a_row_is_read_as_the_model_reads_it(odd: dict[str, Any], absent: list[str]) -> None:
+    """The short way makes the same value as `wire`, and finds the same rows unreadable."""
+
+    def read(how: Any) -> Checkpoint | None:
+        try:
+            return how({name: value for name, value in (ROW | odd).items() if name not in absent})
+        except (PathInvalid, ValidationError):
+            return None
+
+    assert repr(read(from_json)) == repr(read(lambda row: from_wire(wire.Checkpoint.model_validate(row))))

@@ -78,17 +78,32 @@ class RestClient:
 
     async def list_user_checkpoints(self, limit: int = 100, offset: int = 0) -> wire.CheckpointsListResponse:
         """One page of all checkpoints of the user, newest first."""
-        params = {"limit": limit, "offset": offset}
-        return await self._get(wire.CheckpointsListResponse, "checkpoints", params=params)
+        return await self._user_checkpoints(wire.CheckpointsListResponse, limit, offset)
+
+    async def user_checkpoint_rows(self, limit: int, offset: int) -> wire.CheckpointRows:
+        """The same page, its rows unread."""
+        return await self._user_checkpoints(wire.CheckpointRows, limit, offset)
+
+    async def _user_checkpoints(self, model: type[Model], limit: int, offset: int) -> Model:
+        return await self._get(model, "checkpoints", params={"limit": limit, "offset": offset})
 
     async def list_checkpoints(
         self, training_run_id: str, limit: int | None = None, offset: int | None = None
     ) -> wire.CheckpointsListResponse:
         """The checkpoints of a run. Documented as unpaginated; some servers page it all the same."""
+        return await self._checkpoints(wire.CheckpointsListResponse, training_run_id, limit, offset)
+
+    async def checkpoint_rows(
+        self, training_run_id: str, limit: int | None = None, offset: int | None = None
+    ) -> wire.CheckpointRows:
+        """The same, its rows unread."""
+        return await self._checkpoints(wire.CheckpointRows, training_run_id, limit, offset)
+
+    async def _checkpoints(
+        self, model: type[Model], training_run_id: str, limit: int | None, offset: int | None
+    ) -> Model:
         params = {name: value for name, value in (("limit", limit), ("offset", offset)) if value is not None}
-        return await self._get(
-            wire.CheckpointsListResponse, "training_runs", training_run_id, "checkpoints", params=params
-        )
+        return await self._get(model, "training_runs", training_run_id, "checkpoints", params=params)
 
     async def list_training_runs(
         self, limit: int = 20, offset: int = 0, access_scope: str = "owned"

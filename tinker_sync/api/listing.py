@@ -14,10 +14,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TYPE_CHECKING, Final, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeVar
 
+from pydantic import ValidationError
+
+from tinker_sync.api import wire
 from tinker_sync.errors import (
     CredentialRefused,
     NotAllowed,
@@ -28,13 +32,12 @@ from tinker_sync.errors import (
     TinkerSyncError,
 )
 from tinker_sync.model.checkpoint import Checkpoint, Listing, Sighting
-from tinker_sync.model.moments import UNKNOWN_TIME
+from tinker_sync.model.moments import UNKNOWN_TIME, parse_time, to_micros
 from tinker_sync.model.paths import PathInvalid, TinkerPath
 
 if TYPE_CHECKING:
     from datetime import datetime
 
-    from tinker_sync.api import wire
     from tinker_sync.api.client import RestClient
 
 Mode = Literal["auto", "user", "runs", "both"]
@@ -104,8 +107,7 @@ async def walk_pages(fetch: Fetch[Row], key: Key[Row], page_size: int) -> Walk[R
         found = await _next_page(fetch, key, walk, page_size, reached, tail)
         if found is None:
             return walk
-        page, offset = found
-        keys = _keys(page, key)
+        page, keys, offset = found
         if page.length and keys == tail and offset:
             walk.doubts.append(f"the same rows again at {offset:,}: does the server look at the offset?")
             return walk
@@ -122,9 +124,9 @@ async def walk_pages(fetch: Fetch[Row], key: Key[Row], page_size: int) -> Walk[R
 
 
 async def _next_page(
-    fetch: Fetch[Row], key: Key[Row], walk: Walk[Row], page_size: int, reached: int, tail: frozenset[Hashable]
-) -> tuple[Page[Row], int] | None:
-    """The page behind `reached` that contains a row of the page before; None when the walk ends here."""
+    fetch: Fetch[Row], key: Key[Row], walk: Walk[Row], page_size: int, reached: int, tail: AbstractSet[Hashable]
+) -> tuple[Page[Row], AbstractSet[Hashable], int] | None:
+    """The page behind `reached` that contains a row of the page before, and its keys; None when the walk ends here."""
     overlap = min(OVERLAP, max(1, len(tail) // 10))
     if len(tail) < 2:
         walk.doubts.append("the server gives one row at a time: no page can meet the one before")
@@ -138,27 +140,23 @@ async def _next_page(
             walk.doubts.append(f"the page at {offset:,} failed: {error}")
             return None
         keys = _take(walk, page, key)
-        if not page.length or keys & tail:
-            return page, offset
+        if not page.length or not keys.isdisjoint(tail):
+            return page, keys, offset
         if offset == 0 or overlap >= max(page_size, 10_000):
             walk.doubts.append(f"rows were skipped at {offset:,}: the pages do not meet")
-            return page, offset
+            return page, keys, offset
         overlap *= 4  # more was deleted above than the overlap covers: step further back
 
 
-def _take(walk: Walk[Row], page: Page[Row], key: Key[Row]) -> frozenset[Hashable]:
+def _take(walk: Walk[Row], page: Page[Row], key: Key[Row]) -> AbstractSet[Hashable]:
+    """Take up a page; the keys of its rows."""
     walk.pages += 1
     walk.unreadable += page.unreadable
     if page.total is not None and (page.total or page.length):
         walk.totals.append(page.total)
-    keys = _keys(page, key)
-    for row in page.rows:
-        walk.rows[key(row)] = row
-    return keys
-
-
-def _keys(page: Page[Row], key: Key[Row]) -> frozenset[Hashable]:
-    return frozenset(key(row) for row in page.rows)
+    rows = {key(row): row for row in page.rows}
+    walk.rows.update(rows)
+    return rows.keys()
 
 
 async def prove(
@@ -227,8 +225,10 @@ def _count_doubt(
         return "the server gives no total_count, and two walks did not agree"
     total = walk.totals[-1]
     distinct = len({place(row) for row in walk.rows.values()})
+    if total == distinct:
+        return None
     gone = len({place(row) for row in walk.rows.values() if expired(row)})
-    if distinct - gone <= total <= distinct:
+    if distinct - gone <= total < distinct:
         return None
     return f"{distinct:,} distinct rows were seen, total_count is {total:,}"
 
@@ -282,7 +282,7 @@ class AccountLister:
             return Sighting(found.checkpoints, found.seen_at, ("a look",))
         seen_at = self._now()
         try:
-            page = _as_page(await self._client.list_user_checkpoints(self._page_size, 0))
+            page = _as_page(await self._client.user_checkpoint_rows(self._page_size, 0))
         except RequestRefused as error:
             message = f"the account cannot be listed: {error}"
             raise ServiceTrouble(message) from error
@@ -312,7 +312,7 @@ class AccountLister:
 
     async def _by_user(self) -> Walk[Checkpoint]:
         async def fetch(limit: int, offset: int) -> Page[Checkpoint]:
-            return _as_page(await self._client.list_user_checkpoints(limit, offset))
+            return _as_page(await self._client.user_checkpoint_rows(limit, offset))
 
         return await self._prove(fetch, self._page_size)
 
@@ -348,8 +348,8 @@ class AccountLister:
         async def fetch(limit: int, offset: int) -> Page[Checkpoint]:
             del limit  # documented as unpaginated: the first request is the documented one
             if offset:
-                return _as_page(await self._client.list_checkpoints(run, self._page_size, offset))
-            return _as_page(await self._client.list_checkpoints(run))
+                return _as_page(await self._client.checkpoint_rows(run, self._page_size, offset))
+            return _as_page(await self._client.checkpoint_rows(run))
 
         try:
             first = await fetch(self._page_size, 0)
@@ -362,15 +362,45 @@ class AccountLister:
             return Walk(doubts=[str(error)], failure=error)
 
 
-def _as_page(answer: wire.CheckpointsListResponse) -> Page[Checkpoint]:
+def _as_page(answer: wire.CheckpointRows) -> Page[Checkpoint]:
     rows: list[Checkpoint] = []
-    unreadable = len(answer.unreadable)
     for row in answer.checkpoints:
         try:
-            rows.append(from_wire(row))
-        except PathInvalid:
-            unreadable += 1
-    return Page(rows, None if answer.cursor is None else answer.cursor.total_count, unreadable)
+            rows.append(from_json(row))
+        except (PathInvalid, ValidationError):
+            continue
+    total = None if answer.cursor is None else answer.cursor.total_count
+    return Page(rows, total, len(answer.checkpoints) - len(rows))
+
+
+def from_json(row: Any) -> Checkpoint:
+    """A listed row as a value. Raises PathInvalid, ValidationError.
+
+    What is as documented is read here, at a fifth of the cost; everything else by `wire`, with all that it bears.
+    """
+    return _as_documented(row) or from_wire(wire.Checkpoint.model_validate(row))
+
+
+def _as_documented(row: Any) -> Checkpoint | None:
+    """What `wire` would make of a row in which nothing is odd; None for any other."""
+    if not isinstance(row, dict):
+        return None
+    field: Callable[..., Any] = row.get
+    path, listed_id, kind = field("tinker_path"), field("checkpoint_id", ""), field("checkpoint_type", "")
+    time, expires_at, metadata = field("time"), field("expires_at"), field("user_metadata")
+    size_bytes, public = field("size_bytes"), field("public")
+    try:
+        if (
+            not "".join((*row, path, listed_id, kind)).isascii()
+            or not (metadata is None or "".join((*metadata, *metadata.values())).isascii())
+            or not (size_bytes is None or (type(size_bytes) is int and 0 <= size_bytes < 1 << 63))
+            or not (public is None or public is False or public is True)
+        ):
+            return None
+        made, ends = parse_time(time), None if expires_at is None else parse_time(expires_at)
+    except (TypeError, ValueError, AttributeError):
+        return None
+    return Checkpoint(TinkerPath.parse(path), made, size_bytes, public is True, metadata, ends, listed_id)
 
 
 def from_wire(row: wire.Checkpoint) -> Checkpoint:
@@ -387,13 +417,14 @@ def from_wire(row: wire.Checkpoint) -> Checkpoint:
 
 
 def _key(checkpoint: Checkpoint) -> Hashable:
-    return checkpoint.path, checkpoint.time, checkpoint.size_bytes
+    return checkpoint.path, to_micros(checkpoint.time), checkpoint.size_bytes  # a number hashes faster than a moment
 
 
 def _newest_of_each_path(rows: Iterable[Checkpoint]) -> tuple[Checkpoint, ...]:
     """A path that was overwritten during the walk was seen twice: the newer object is the one that is there."""
     chosen: dict[TinkerPath, Checkpoint] = {}
     for row in rows:
-        if row.path not in chosen or chosen[row.path].time <= row.time:
+        other = chosen.setdefault(row.path, row)
+        if other is not row and other.time <= row.time:
             chosen[row.path] = row
     return tuple(chosen.values())

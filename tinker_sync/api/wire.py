@@ -125,6 +125,13 @@ class CheckpointsListResponse(Wire):
         return _row_by_row(document, "checkpoints", Checkpoint)
 
 
+class CheckpointRows(Wire):
+    """A page of checkpoints with its rows as they came: a listing makes values of them without a model for each."""
+
+    checkpoints: list[Any]
+    cursor: OptionalCursor = None
+
+
 class TrainingRun(Wire):
     """A training run."""
 
