@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Final
 
+from tinker_sync.model.checkpoint import same_object
 from tinker_sync.model.moments import to_micros
 from tinker_sync.model.paths import CHECKPOINT_TYPES
 from tinker_sync.model.work import Failure, Skip, Transfer, Trouble
@@ -72,6 +73,16 @@ class Known:
     failures: Mapping[TinkerPath, Failure] = field(default_factory=dict)
     first_expiry: Mapping[TinkerPath, tuple[datetime, datetime | None]] = field(default_factory=dict)
     """Path to (time, the first `expires_at` seen for that time)."""
+    missing: frozenset[TinkerPath] | None = None
+    """Of what is listed, what no sound replica is a copy of, where the catalog compared; then the rest of this is about
+    these alone. None where it did not."""
+
+    def mirrors(self, checkpoint: Checkpoint) -> bool:
+        """Whether a sound replica of this very object is here."""
+        if self.missing is not None:
+            return checkpoint.path not in self.missing
+        replica = self.replicas.get(checkpoint.path)
+        return replica is not None and not replica.damaged and same_object(replica, checkpoint)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +96,7 @@ class TransferPlan:
     skipped: tuple[Skip, ...]
     mirrored: tuple[Checkpoint, ...]
     short_lived: frozenset[TinkerPath]
+    """Of what is not mirrored."""
 
     @property
     def bytes_to_transfer(self) -> int:
@@ -108,16 +120,13 @@ def plan_transfers(
     waiting: list[Failure] = []
     skipped: list[Skip] = []
     mirrored: list[Checkpoint] = []
-    short_lived = frozenset(
-        checkpoint.path for checkpoint in checkpoints if is_short_lived(checkpoint, known, selection.short_ttl)
-    )
-    newest = _newest_of_groups(checkpoints)
+    missing: list[Checkpoint] = []
     for checkpoint in checkpoints:
+        (mirrored if known.mirrors(checkpoint) else missing).append(checkpoint)
+    short_lived = frozenset(row.path for row in missing if is_short_lived(row, known, selection.short_ttl))
+    newest = _newest_of_groups(checkpoints) if short_lived else {}
+    for checkpoint in missing:
         path, identity = checkpoint.path, checkpoint.identity
-        replica = known.replicas.get(path)
-        if replica is not None and replica.identity.matches(identity) and not replica.damaged:
-            mirrored.append(checkpoint)
-            continue
         reason = selection.refusal(path)
         if reason is None and checkpoint.expires_at is not None and checkpoint.expires_at <= now:
             reason = "expired"
@@ -165,7 +174,7 @@ def is_short_lived(checkpoint: Checkpoint, known: Known, short_ttl: timedelta) -
 def first_expiry(checkpoint: Checkpoint, known: Known) -> datetime | None:
     """The first `expires_at` that was seen for this object: a manifest remembers it longer than the catalog."""
     replica = known.replicas.get(checkpoint.path)
-    if replica is not None and replica.first_expires_at is not None and replica.identity.matches(checkpoint.identity):
+    if replica is not None and replica.first_expires_at is not None and same_object(replica, checkpoint):
         return replica.first_expires_at
     first = known.first_expiry.get(checkpoint.path)
     if first is not None and first[0] == checkpoint.time:

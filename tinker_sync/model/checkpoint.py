@@ -8,7 +8,7 @@ is enough to transfer; only a listing can lead to a delete, so they are two type
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from tinker_sync.model.moments import UNKNOWN_TIME
 
@@ -34,6 +34,34 @@ class Identity:
         if self.path != other.path or self.time != other.time:
             return False
         return self.size_bytes is None or other.size_bytes is None or self.size_bytes == other.size_bytes
+
+
+class Sight(Protocol):
+    """What has an identity: a listed row, a replica."""
+
+    @property
+    def path(self) -> TinkerPath:
+        """Where."""
+        ...
+
+    @property
+    def time(self) -> datetime:
+        """When it was made."""
+        ...
+
+    @property
+    def size_bytes(self) -> int | None:
+        """As listed; None where the server does not say."""
+        ...
+
+
+def same_object(one: Sight, other: Sight) -> bool:
+    """What `Identity.matches` says, without making identities: a plan asks it of everything that is listed."""
+    if one.path != other.path:
+        return False
+    if one.time != other.time and one.time.replace(microsecond=0) != other.time.replace(microsecond=0):
+        return False
+    return one.size_bytes is None or other.size_bytes is None or one.size_bytes == other.size_bytes
 
 
 @dataclass(frozen=True, slots=True)
