@@ -13,6 +13,7 @@ from tinker_sync.catalog.store import SqlCatalog
 from tinker_sync.model.checkpoint import Checkpoint
 from tinker_sync.model.paths import TinkerPath
 from tinker_sync.model.work import Failure, Replica, Trouble
+from tinker_sync.planning import Selection, plan_transfers
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -55,7 +56,7 @@ def test_memory_is_what_the_tables_hold(tmp_path: Path, seed: int) -> None:
             directory = f"{path.run_id}/{path.name}"
             what = chance.randrange(7)
             if what == 0:
-                catalog.add_replica(a_replica(path, step, directory))
+                catalog.add_replica(a_replica(path, chance.randrange(3), directory))
             elif what == 1:
                 old = f"{path.run_id}/{path.name}@{step}"
                 catalog.replace_superseded(path, [a_replica(path, step, old, superseded=True)])
@@ -71,8 +72,19 @@ def test_memory_is_what_the_tables_hold(tmp_path: Path, seed: int) -> None:
                     for one in chance.sample(PATHS, 5)
                 ]
                 catalog.observe(rows, NOW, complete=what == 5)
+            shown = chance.sample(PATHS, chance.randrange(len(PATHS)))
             with SqlCatalog.open(file, read_only=True) as reader:
+                listed, of_missing = reader.listed(), reader.known_of_missing()
+                lacks = reader.lacks(shown, 0.5)
                 assert catalog.known() == reader.known()
+            plans = [
+                plan_transfers(listed, known, Selection(), now=NOW)
+                for known in (of_missing, catalog.known_of_missing())
+            ]
+            assert plans[0] == plans[1], "what is left unread of the mirrored changes no plan"
+            assert (
+                lacks is catalog.lacks(shown, 0.5) is (sum(row.path not in shown for row in listed) > len(listed) / 2)
+            )
 
 
 def test_a_plan_in_the_making_is_not_disturbed(tmp_path: Path) -> None:

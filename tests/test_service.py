@@ -598,10 +598,10 @@ async def test_what_is_still_being_copied_is_not_lost(site_inside: Site) -> None
         ended = replace(mirror.rows[row.path], expires_at=datetime.now(UTC) - timedelta(seconds=1))
         mirror._running[row.path] = transfer
         mirror._undecided = [ended]
-        await mirror._note_lost(mirror._catalog.known())
+        await mirror._note_lost()
         assert mirror._catalog.lost() == []
         del mirror._running[row.path]
-        await mirror._note_lost(mirror._catalog.known())
+        await mirror._note_lost()
         assert [path for path, _ in mirror._catalog.lost()] == [row.path]
         await mirror.fetch([row.path])
         assert mirror._catalog.lost() == []  # it came after all

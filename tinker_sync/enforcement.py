@@ -259,15 +259,14 @@ class Enforcer:
         return gone
 
     def _shrank(self, found: Listing) -> bool:
-        known = self._catalog.known()
-        most = self._settings.max_shrink_fraction * len(known.first_expiry)
         shown = {row.path for row in found.checkpoints}
-        if sum(1 for path in known.first_expiry if path not in shown) <= most:
+        if not self._catalog.lacks(shown, self._settings.max_shrink_fraction):
             return False
-        gone = [row for row in self._catalog.listed() if row.path not in shown]
-        holdings = Holdings(known=known, deeds=self._catalog.deeds())
+        listed = self._catalog.listed()
+        gone = [row for row in listed if row.path not in shown]
+        holdings = Holdings(known=self._catalog.known(), deeds=self._catalog.deeds())
         lost = unexplained(gone, holdings, now=self._clock.now(), short_ttl=self._settings.short_ttl)
-        return len(lost) > most
+        return len(lost) > self._settings.max_shrink_fraction * len(listed)
 
     async def _settle(self, listing: Listing) -> None:
         """Judge what went besides, then confirm by this listing what was done."""

@@ -266,7 +266,7 @@ class Mirror:
                 polling.cancel()
             if self.result.service_error is None:
                 await self._retain_after_copying()
-            await self._note_lost(await self._index(self._catalog.known))
+            await self._note_lost()
         except ServiceTrouble as error:
             self.result.service_error = str(error)
             self.result.credential_refused = isinstance(error, CredentialMissing | CredentialRefused)
@@ -502,7 +502,7 @@ class Mirror:
         begun = self._clock.monotonic()
         try:
             self._note_listing(await self._survey())
-            await self._note_lost(await self._index(self._catalog.known))
+            await self._note_lost()
             try:
                 await self._retain(apply=True, allow=allow)
             except ServiceTrouble as error:  # what was done before is told
@@ -561,9 +561,9 @@ class Mirror:
 
     async def _poll(self) -> None:
         found = await self._survey()
-        known = await self._index(self._catalog.known)
+        known = await self._index(self._catalog.known_of_missing)
         self._note_listing(found)
-        await self._note_lost(known)
+        await self._note_lost()
         shown = {checkpoint.path: checkpoint for checkpoint in found.checkpoints}
         self._rows = shown if isinstance(found, Listing) else self._rows | shown
         await self._plan(found, known)
@@ -581,8 +581,10 @@ class Mirror:
             with _no_reason_not_to_copy():
                 await self._enforcer.rescue(rows)
         self._replan_at = self._clock.monotonic() + _seconds_until_news(plan, known, now)
-        shown = {checkpoint.path for checkpoint in found.checkpoints}
-        unseen = [] if complete else [waiting for waiting in self._queue.pending() if waiting.path not in shown]
+        unseen: list[Transfer] = []
+        if not complete:
+            shown = {checkpoint.path for checkpoint in found.checkpoints}
+            unseen = [waiting for waiting in self._queue.pending() if waiting.path not in shown]
         self._failures = dict(known.failures)
         for transfer in plan.transfers:
             self._note_repair(transfer.path, known)
@@ -632,9 +634,12 @@ class Mirror:
         if not self.result.complete:  # a later doubt takes nothing from a proof
             self.result.listed, self.result.doubts = len(found.checkpoints), found.doubts
 
-    async def _note_lost(self, known: Known) -> None:
+    async def _note_lost(self) -> None:
         """What a proven listing no longer has, was wanted, and ran out before it was copied: that is a loss."""
-        now, gone = self._clock.now(), [*self._undecided, *self._enforcer.take_gone()]
+        gone = self._undecided = [*self._undecided, *self._enforcer.take_gone()]
+        if not gone:
+            return
+        known, now = await self._index(self._catalog.known), self._clock.now()
         self._undecided = [row for row in gone if row.path in self._running]
         lost = []
         for row in gone:

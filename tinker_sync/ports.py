@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager
     from datetime import datetime
 
@@ -412,6 +412,14 @@ class Catalog(Protocol):
 
     def known(self) -> Known:
         """All that planning needs, read once."""
+        ...
+
+    def known_of_missing(self) -> Known:
+        """What planning needs to know of a listing that was just observed: at least of what is not mirrored."""
+        ...
+
+    def lacks(self, shown: Collection[TinkerPath], fraction: float) -> bool:
+        """Whether more than this fraction of what the service showed last is not among these."""
         ...
 
     def observe(

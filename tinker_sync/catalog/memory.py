@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from tinker_sync.planning import Known
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Collection, Iterable, Sequence
     from datetime import datetime
 
     from tinker_sync.model.paths import TinkerPath
@@ -39,6 +39,10 @@ class Memory:
         if self._snapshot is None:
             self._snapshot = Known(dict(self._replicas), dict(self._failures), dict(self._first_expiry))
         return self._snapshot
+
+    def lacks(self, shown: Collection[TinkerPath], fraction: float) -> bool:
+        """Whether more than this fraction of what is listed is not among these."""
+        return len(self._first_expiry.keys() - shown) > fraction * len(self._first_expiry)
 
     def add_replica(self, replica: Replica) -> None:
         """A row of `replicas` was written."""

@@ -27,17 +27,16 @@ from tinker_sync.model.deeds import Deed, DeedKey, fold, key_of
 from tinker_sync.model.moments import from_micros, parse_time, rfc3339, to_micros
 from tinker_sync.model.paths import TinkerPath
 from tinker_sync.model.work import Failure, Replica, Trouble
-from tinker_sync.planning import ServedRecord
+from tinker_sync.planning import Known, ServedRecord
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
     from datetime import datetime
     from pathlib import Path
     from types import TracebackType
 
+    from sqlalchemy import ColumnElement, Select, Table
     from sqlalchemy.engine import Connection, Engine, Row
-
-    from tinker_sync.planning import Known
 
 _AT_A_TIME = 10_000
 _LOST_KEPT = 1000
@@ -174,10 +173,45 @@ class SqlCatalog:
         """All that planning needs, read once."""
         with self._begin() as connection:
             if self._memory is None:
-                present = connection.execute(select(schema.replicas).where(~schema.replicas.c.superseded))
+                present = _rows(connection, select(schema.replicas).where(~schema.replicas.c.superseded))
                 failed = connection.execute(select(schema.failures))
                 self._memory = Memory(map(_as_replica, present), map(_as_failure, failed), _first_expiry(connection))
             return self._memory.snapshot()
+
+    def known_of_missing(self) -> Known:
+        """What planning needs after `observe`, of what has no sound copy here; all, where that is in memory anyway.
+
+        A command plans once: what is mirrored, which is nearly everything, then never becomes a value.
+        """
+        with self._begin() as connection:
+            if self._memory is not None:
+                return self._memory.snapshot()
+            first_expiry = _first_expiry(connection, ~_copies(sound=True).exists())
+            present = _rows_of(connection, schema.replicas, list(map(str, first_expiry)))
+            failed = connection.execute(select(schema.failures))
+            return Known(
+                {replica.path: replica for replica in map(_as_replica, present) if not replica.superseded},
+                {failure.path: failure for failure in map(_as_failure, failed)},
+                first_expiry,
+                missing=frozenset(first_expiry),
+            )
+
+    def lacks(self, shown: Collection[TinkerPath], fraction: float) -> bool:
+        """Whether more than this fraction of what the service showed last is not among these.
+
+        Reads only until enough of it is found: half of the account, for the usual half.
+        """
+        with self._begin() as connection:
+            if self._memory is not None:
+                return self._memory.lacks(shown, fraction)
+            listed = connection.execute(select(func.count()).select_from(schema.upstream)).scalar_one()
+            texts, found = set(map(str, shown)), 0
+            with connection.execute(select(schema.upstream.c.tinker_path)) as result:
+                for rows in result.partitions(_AT_A_TIME):
+                    found += sum(row[0] in texts for row in rows)
+                    if listed - found <= fraction * listed:
+                        return False
+            return listed - found > fraction * listed
 
     def generation(self) -> int:
         """Another number after every change of replicas, failures, deeds or what is listed."""
@@ -236,18 +270,11 @@ class SqlCatalog:
 
     def unmirrored(self) -> list[tuple[Checkpoint, datetime | None, datetime]]:
         """What the service showed last and no replica is a copy of: the first expiry and the first sight of each."""
-        up, here = schema.upstream, schema.replicas
-        same = (
-            (here.c.tinker_path == up.c.tinker_path)
-            & ~here.c.superseded
-            & (here.c.time // 1_000_000 == up.c.time // 1_000_000)
-            & (here.c.size_bytes.is_(None) | up.c.size_bytes.is_(None) | (here.c.size_bytes == up.c.size_bytes))
-        )
-        missing = ~select(here.c.directory).where(same).exists()
+        query = select(schema.upstream).where(~_copies().exists())
         with self._begin() as connection:
             return [
                 (_as_checkpoint(row), _moment(row.first_expires_at), from_micros(row.first_seen_at))
-                for row in connection.execute(select(up).where(missing))
+                for row in connection.execute(query)
             ]
 
     def failures(self) -> list[Failure]:
@@ -266,39 +293,40 @@ class SqlCatalog:
         """Record what was shown; with `complete`, also what is gone, which it returns. Writes only differences."""
         table = schema.upstream
         with self._writing() as (connection, changes):
-            before = _upstream_before(connection, None if complete else checkpoints)
-            shown: set[str] = set()
-            added: list[dict[str, Any]] = []
+            shown = {str(checkpoint.path): checkpoint for checkpoint in checkpoints}
+            fresh = dict(shown)
+            differing: list[Row[Any]] = []
+            gone: list[Row[Any]] = []
+            whole = complete or len(shown) > _AT_A_TIME  # a page is looked up, a listing is compared
+            for row in _rows(connection, select(table)) if whole else _rows_of(connection, table, list(shown)):
+                checkpoint = fresh.pop(row[0], None)
+                if checkpoint is not None and not _shows(row, checkpoint):
+                    differing.append(row)
+                elif checkpoint is None and complete:
+                    gone.append(row)
             changed: dict[TinkerPath, tuple[datetime, datetime | None]] = {}
-            for checkpoint in checkpoints:
-                row = _upstream_row(checkpoint)
-                key = row["tinker_path"]
-                shown.add(key)
-                old = before.get(key)
-                if old is not None and all(getattr(old, name) == value for name, value in row.items()):
-                    continue
-                same_object = old is not None and old.time == row["time"]
-                row["first_expires_at"] = old.first_expires_at if old is not None and same_object else row["expires_at"]
-                row["first_seen_at"] = old.first_seen_at if old is not None and same_object else to_micros(seen_at)
-                changed[checkpoint.path] = (checkpoint.time, _moment(row["first_expires_at"]))
-                if old is None:
-                    added.append(row)
-                else:
-                    connection.execute(update(table).where(table.c.tinker_path == key), row)
-            _insert(connection, table, added)
-            gone = [path for path in before if path not in shown] if complete else []
+            for row in differing:
+                checkpoint = shown[row.tinker_path]
+                values = _upstream_row(checkpoint, seen_at)
+                if row.time == values["time"]:  # the same object: it keeps what was seen of it first
+                    values |= {"first_expires_at": row.first_expires_at, "first_seen_at": row.first_seen_at}
+                changed[checkpoint.path] = (checkpoint.time, _moment(values["first_expires_at"]))
+                connection.execute(update(table).where(table.c.tinker_path == row.tinker_path), values)
+            changed |= {row.path: (row.time, row.expires_at) for row in fresh.values()}
+            _insert(connection, table, [_upstream_row(checkpoint, seen_at) for checkpoint in fresh.values()])
             cured = _failures_of_nothing(connection, shown) if complete else []
-            if changed or gone or cured:
-                changes.append(
-                    lambda memory: memory.observe(changed, map(TinkerPath.parse, gone), map(TinkerPath.parse, cured))
-                )
             _delete(connection, schema.failures, cured)
-            if not gone:
-                return ()
-            _suspect(connection, [_as_checkpoint(before[path]) for path in gone])
-            _delete(connection, table, gone)
-            _delete(connection, schema.standing, gone)
-            return tuple(_as_checkpoint(before[path]) for path in gone)
+            left = tuple(map(_as_checkpoint, gone))
+            if changed or left or cured:
+                changes.append(
+                    lambda memory: memory.observe(changed, [row.path for row in left], map(TinkerPath.parse, cured))
+                )
+            if left:
+                _suspect(connection, left)
+                paths = [str(row.path) for row in left]
+                _delete(connection, table, paths)
+                _delete(connection, schema.standing, paths)
+            return left
 
     def add_replica(self, replica: Replica) -> None:
         """A replica is there. What held its name is superseded or replaced; its failures are forgotten."""
@@ -594,23 +622,37 @@ def _unusable(error: Exception) -> CatalogUnusable:
     return CatalogUnusable(f"the catalog cannot be used ({reason}): look at space and permissions in [mirror] state")
 
 
-def _first_expiry(connection: Connection) -> dict[TinkerPath, tuple[datetime, datetime | None]]:
+def _copies(*, sound: bool = False) -> Select[Any]:
+    """The replicas that are copies of a row of `upstream`, for a subquery; with `sound`, those not known to be damaged."""
+    up, here = schema.upstream, schema.replicas
+    query = select(here.c.directory).where(
+        (here.c.tinker_path == up.c.tinker_path)
+        & ~here.c.superseded
+        & (here.c.time // 1_000_000 == up.c.time // 1_000_000)
+        & (here.c.size_bytes.is_(None) | up.c.size_bytes.is_(None) | (here.c.size_bytes == up.c.size_bytes))
+    )
+    return query.where(here.c.damaged == "[]") if sound else query
+
+
+def _first_expiry(
+    connection: Connection, wanted: ColumnElement[bool] | None = None
+) -> dict[TinkerPath, tuple[datetime, datetime | None]]:
     table = schema.upstream
-    rows = connection.execute(select(table.c.tinker_path, table.c.time, table.c.first_expires_at))
+    query = select(table.c.tinker_path, table.c.time, table.c.first_expires_at)
+    rows = _rows(connection, query if wanted is None else query.where(wanted))
     return {TinkerPath.parse(path): (from_micros(time), _moment(expires)) for path, time, expires in rows}
 
 
-def _upstream_before(connection: Connection, only: Sequence[Checkpoint] | None) -> dict[str, Row[Any]]:
-    """What was known of the account; with `only`, of these. A page is looked up, a whole listing is compared."""
-    table = schema.upstream
-    if only is None or len(only) > _AT_A_TIME:
-        return {row.tinker_path: row for row in connection.execute(select(table))}
-    paths = [str(checkpoint.path) for checkpoint in only]
-    found: dict[str, Row[Any]] = {}
+def _rows(connection: Connection, query: Select[Any]) -> Iterator[Any]:
+    """What a query gives, thousands of rows at a time: one by one each costs twice as much."""
+    for rows in connection.execute(query).partitions(_AT_A_TIME):
+        yield from rows
+
+
+def _rows_of(connection: Connection, table: Table, paths: Sequence[str]) -> Iterator[Any]:
+    """The rows of these tinker paths."""
     for start in range(0, len(paths), 500):
-        query = select(table).where(table.c.tinker_path.in_(paths[start : start + 500]))
-        found |= {row.tinker_path: row for row in connection.execute(query)}
-    return found
+        yield from connection.execute(select(table).where(table.c.tinker_path.in_(paths[start : start + 500])))
 
 
 def _insert(connection: Connection, table: Any, rows: list[dict[str, Any]]) -> None:
@@ -639,7 +681,7 @@ def _suspect(connection: Connection, gone: Sequence[Checkpoint]) -> None:
         _set_fact(connection, "suspects", [*(_fact(connection, "suspects") or []), *found])
 
 
-def _failures_of_nothing(connection: Connection, shown: set[str]) -> list[str]:
+def _failures_of_nothing(connection: Connection, shown: Container[str]) -> list[str]:
     """Failures of what is no longer listed; not the quarantined, whose bytes here may be the only ones that are left."""
     table = schema.failures
     query = select(table.c.tinker_path).where(table.c.trouble != Trouble.QUARANTINED.value)
@@ -674,27 +716,49 @@ def _as_text(metadata: Mapping[str, str] | None) -> str | None:
     return None if metadata is None else json.dumps(dict(metadata), sort_keys=True)
 
 
-def _upstream_row(checkpoint: Checkpoint) -> dict[str, Any]:
+def _as_metadata(text: str | None) -> dict[str, str] | None:
+    return None if text is None else json.loads(text)
+
+
+def _upstream_row(checkpoint: Checkpoint, seen_at: datetime) -> dict[str, Any]:
+    """As it is written when it is seen for the first time."""
+    expires_at = _micros(checkpoint.expires_at)
     return {
         "tinker_path": str(checkpoint.path),
         "time": to_micros(checkpoint.time),
         "size_bytes": checkpoint.size_bytes,
         "public": checkpoint.public,
-        "expires_at": _micros(checkpoint.expires_at),
+        "expires_at": expires_at,
+        "first_expires_at": expires_at,
         "user_metadata": _as_text(checkpoint.user_metadata),
         "listed_id": checkpoint.listed_id,
+        "first_seen_at": to_micros(seen_at),
     }
 
 
-def _as_checkpoint(row: Row[Any]) -> Checkpoint:
+def _shows(row: Any, checkpoint: Checkpoint) -> bool:
+    """Whether a row of `upstream` is what is shown now."""
+    _, time, size_bytes, public, expires_at, _, user_metadata, listed_id, _ = row
+    return (
+        size_bytes == checkpoint.size_bytes
+        and public == checkpoint.public
+        and listed_id == checkpoint.listed_id
+        and time == to_micros(checkpoint.time)
+        and expires_at == _micros(checkpoint.expires_at)
+        and _as_metadata(user_metadata) == checkpoint.user_metadata
+    )
+
+
+def _as_checkpoint(row: Any) -> Checkpoint:
+    tinker_path, time, size_bytes, public, expires_at, _, user_metadata, listed_id, _ = row
     return Checkpoint(
-        path=TinkerPath.parse(row.tinker_path),
-        time=from_micros(row.time),
-        size_bytes=row.size_bytes,
-        public=row.public,
-        user_metadata=None if row.user_metadata is None else json.loads(row.user_metadata),
-        expires_at=_moment(row.expires_at),
-        listed_id=row.listed_id,
+        TinkerPath.parse(tinker_path),
+        from_micros(time),
+        size_bytes,
+        public,
+        _as_metadata(user_metadata),
+        _moment(expires_at),
+        listed_id,
     )
 
 
@@ -719,24 +783,43 @@ def _replica_row(replica: Replica) -> dict[str, Any]:
     }
 
 
-def _as_replica(row: Row[Any]) -> Replica:
+def _as_replica(row: Any) -> Replica:
+    """By place, in the table's order: by name it costs three times as much, and there is a row for each checkpoint."""
+    (
+        directory,
+        tinker_path,
+        time,
+        size_bytes,
+        total_bytes,
+        files,
+        fidelity,
+        source,
+        committed_at,
+        verified_at,
+        manifest_sha256,
+        expires_at,
+        first_expires_at,
+        superseded,
+        user_metadata,
+        damaged,
+    ) = row
     return Replica(
-        path=TinkerPath.parse(row.tinker_path),
-        time=from_micros(row.time),
-        size_bytes=row.size_bytes,
-        directory=row.directory,
-        total_bytes=row.total_bytes,
-        files=row.files,
-        fidelity=row.fidelity,
-        source=row.source,
-        committed_at=from_micros(row.committed_at),
-        verified_at=from_micros(row.verified_at),
-        manifest_sha256=row.manifest_sha256,
-        expires_at=_moment(row.expires_at),
-        first_expires_at=_moment(row.first_expires_at),
-        superseded=row.superseded,
-        user_metadata=None if row.user_metadata is None else json.loads(row.user_metadata),
-        damaged=tuple(json.loads(row.damaged)) if row.damaged != "[]" else (),
+        path=TinkerPath.parse(tinker_path),
+        time=from_micros(time),
+        size_bytes=size_bytes,
+        directory=directory,
+        total_bytes=total_bytes,
+        files=files,
+        fidelity=fidelity,
+        source=source,
+        committed_at=from_micros(committed_at),
+        verified_at=from_micros(verified_at),
+        manifest_sha256=manifest_sha256,
+        expires_at=_moment(expires_at),
+        first_expires_at=_moment(first_expires_at),
+        superseded=superseded,
+        user_metadata=_as_metadata(user_metadata),
+        damaged=tuple(json.loads(damaged)) if damaged != "[]" else (),
     )
 
 
