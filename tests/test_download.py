@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -242,6 +242,61 @@ async def test_a_storage_that_brings_nothing_more_is_given_up() -> None:
         with pytest.raises(StorageTrouble, match="answered 500"):
             await read()
     assert len(b"".join(came)) >= 4 * SEGMENT
+
+
+async def test_a_storage_that_takes_few_connections_is_no_failure() -> None:
+    """Three at a time, the others are refused: while something comes, nothing is given up."""
+    store = Store(some_bytes(150 * SEGMENT))
+
+    def few(number: int, _: web.Request, answer: dict[str, Any]) -> None:
+        answer["wait"] = 0.05
+        if store.running >= 3:
+            answer.update(status=503 if number % 2 else 429, body=b"", wait=0)
+
+    store.spoil = few
+    async with downloading(store) as (downloader, sign, _):
+        assert await fetch(downloader, sign) == (0, store.body)
+
+
+@pytest.mark.parametrize("seed", range(8))
+async def test_whatever_goes_wrong_the_bytes_are_right(seed: int) -> None:
+    """Cuts, refusals and trouble at random: every byte once, in order."""
+    chance = random.Random(seed)
+    size = chance.randrange(1, 50 * SEGMENT)
+    store = Store(some_bytes(size))
+
+    def spoil(number: int, _: web.Request, answer: dict[str, Any]) -> None:
+        answer["wait"] = chance.random() * 0.01
+        harm = chance.choice(["cut", "cut", "status", "none", "none", "none"]) if number > 1 else "none"
+        if harm == "cut":
+            answer["cut"] = chance.randrange(len(answer["body"]) + 1)
+        elif harm == "status":
+            answer.update(status=chance.choice([403, 500, 503, 429]), body=b"no")
+
+    store.spoil = spoil
+    async with downloading(store, connections=chance.choice([1, 2, 8])) as (downloader, sign, _):
+        for _ in range(5):
+            with suppress(StorageTrouble):
+                assert await fetch(downloader, sign) == (0, store.body)
+                return
+    pytest.fail("five attempts were not enough")
+
+
+async def test_an_urgent_newcomer_gets_the_next_connection() -> None:
+    """A large download holds all of them; the small one need not wait for its end."""
+    large, small = Store(some_bytes(100 * SEGMENT)), Store(some_bytes(100))
+    large.spoil = lambda _, __, answer: answer.update(wait=0.05)
+    async with downloading(large, connections=2) as (downloader, sign, _), serving(small.handle) as origin:
+
+        async def sign_small(_: SignedUrl | None) -> SignedUrl:
+            return SignedUrl(f"{origin}/small")
+
+        running = asyncio.create_task(fetch(downloader, sign, urgency=5))
+        await asyncio.sleep(0.2)
+        assert await fetch(downloader, sign_small, urgency=1) == (0, small.body)
+        assert not running.done()
+        assert len(large.spans) < 30
+        assert await running == (0, large.body)
 
 
 async def test_stalls_of_all_connections_end_it() -> None:

@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import hashlib
+import io
 import json
 import os
+import random
 import re
 import signal
 import subprocess
+import tarfile
 import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import structlog
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from tests.conftest import NOW, Site, command, run
 from tests.test_destination import OBJECT, PATH, make_tree
 from tests.test_sync import expected
 from tinker_sync.acquire import download
+from tinker_sync.acquire.tar import Limits
+from tinker_sync.acquire.unpack import Unpacker
 from tinker_sync.destination import files as durable
 from tinker_sync.destination import local
 from tinker_sync.errors import DiskTrouble
@@ -331,6 +339,90 @@ def test_a_failed_flush_is_final_for_its_stage(tmp_path: Path, monkeypatch: pyte
         writer.settle()
     stage.suspend()
     assert list(tree.area("staging").iterdir()) == []
+
+
+NAMES = ["a", "b/c", "deep/er/and/deeper", "x" * 120, "caf\u00e9/" + "y" * 100, "empty", "./dot"]
+
+
+def make_archive(kind: int, sizes: list[int]) -> bytes:
+    """A tar of files of these sizes, with a directory, in one of the three dialects."""
+    target = io.BytesIO()
+    with tarfile.open(fileobj=target, mode="w", format=kind) as archive:
+        folder = tarfile.TarInfo("folder")
+        folder.type = tarfile.DIRTYPE
+        archive.addfile(folder)
+        for name, size in zip(NAMES, sizes, strict=False):
+            info = tarfile.TarInfo(name)
+            info.size = size
+            archive.addfile(info, io.BytesIO(random.Random(size).randbytes(size)))
+    return target.getvalue()
+
+
+def feed_in_steps(unpacker: Unpacker, data: bytes, step: int) -> None:
+    """As a network brings it."""
+    for at in range(0, len(data), step):
+        unpacker.feed(data[at : at + step])
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    kind=st.sampled_from([tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT]),
+    sizes=st.lists(st.integers(0, 5000), min_size=1, max_size=len(NAMES)),
+    stops=st.lists(st.floats(0, 1), min_size=1, max_size=3),
+    step=st.integers(1, 2000),
+)
+def test_a_tar_is_the_same_wherever_it_was_interrupted(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path_factory: pytest.TempPathFactory,
+    kind: int,
+    sizes: list[int],
+    stops: list[float],
+    step: int,
+) -> None:
+    """At any byte, again and again: files, digests and the archive's own are those of one run without a stop."""
+    monkeypatch.setattr(durable, "FLUSH_EVERY", 700)
+    monkeypatch.setattr(local, "FLUSH_EVERY", 700)
+    monkeypatch.setattr(durable, "_QUICK", 0)
+    if kind == tarfile.USTAR_FORMAT:
+        sizes = sizes[:3]  # it has no long names
+    archive = make_archive(kind, sizes)
+    claim = Claim(len(archive), {"md5": hashlib.md5(archive).digest()})
+    tree = make_tree(tmp_path_factory.mktemp("tree"))
+    whole = tree.open_stage(OBJECT, None)
+    straight = Unpacker(whole.stage_object("archive", '"e"', claim), Limits())
+    straight.feed(archive)
+    wanted = straight.finish()
+    whole.abort()
+    assert not wanted[1]
+
+    stage = tree.open_stage(OBJECT, None)
+    staged = stage.stage_object("archive", '"e"', claim)
+    unpacker, position = Unpacker(staged, Limits()), 0
+    for stop in stops:
+        end = max(position, int(stop * len(archive)))
+        feed_in_steps(unpacker, archive[position:end], step)
+        stage.suspend()
+        found = tree.resume_stage(OBJECT, "archive", None)
+        if found is None or found.stage is None:
+            stage = tree.open_stage(OBJECT, None)
+            staged = stage.stage_object("archive", '"e"', claim)
+            unpacker, position = Unpacker(staged, Limits()), 0
+            continue
+        stage, again = found.stage, found.stage.staged("archive")
+        assert again is not None
+        unpacker, position = Unpacker(again, Limits()), again.kept
+        assert position <= end
+        assert b"".join(again.replay()) == archive[:position]
+        for piece in again.replay():
+            unpacker.feed(piece)
+        assert unpacker.received == position
+    feed_in_steps(unpacker, archive[position:], step)
+    files, defects = unpacker.finish()
+    assert (files, defects) == wanted
+    for seen in files:
+        content = stage.payload.joinpath(*seen.path.parts).read_bytes()
+        assert hashlib.sha256(content).hexdigest() == seen.sha256
+    stage.abort()
 
 
 def test_kill_9_costs_what_was_not_durable(outside: Site) -> None:

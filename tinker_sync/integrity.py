@@ -108,7 +108,7 @@ def served_span(headers: Mapping[str, str]) -> tuple[Span, int] | None:
 def strong_validator(headers: Mapping[str, str]) -> str | None:
     """The ETag, where it is one that promises the same bytes (RFC 9110, 8.8.1: not `W/`)."""
     tag = headers.get("etag", "").strip()
-    return tag if re.fullmatch(r'"[\x21\x23-\x7e\x80-\xff]*"', tag) else None
+    return tag if re.fullmatch(r'"[\x21\x23-\x7e]*"', tag) else None
 
 
 def headers_of_whole(headers: Mapping[str, str], span: Span, total: int) -> dict[str, str]:

@@ -775,8 +775,8 @@ class Mirror:
         self.result.transferred.append(transfer.path)
         self.result.bytes += replica.total_bytes
         self._over(transfer.path, "committed", "", replica.total_bytes)
-        if seconds > 0 and replica.total_bytes > 1_000_000:
-            rate = replica.total_bytes / seconds
+        if seconds > 0 and (committed.received or 0) > 1_000_000:
+            rate = (committed.received or 0) / seconds
             self._rate = rate if self._rate is None else 0.7 * self._rate + 0.3 * rate
         if replica.source == "archive":
             await self._note_served()

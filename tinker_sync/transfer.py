@@ -90,6 +90,7 @@ class Transferrer:
             acquired = await self._acquire(transfer, checkpoint.listed_id, intake)
             _check(acquired)
             committed = await self._finish(transfer, checkpoint, acquired, intake, await facts, repairs)
+            committed = replace(committed, received=intake.received)
         except TinkerSyncError as error:
             keep = isinstance(error, _INTERRUPTIONS)
             self._reporter.ended(transfer, str(error))
@@ -225,6 +226,7 @@ class _Intake:
         self._reporter = reporter
         self._writers = writers
         self.urgency = transfer.priority
+        self.received = 0
         self.stage: Stage | None = None
 
     async def resume(self, source: str, expected_bytes: int | None) -> Stage | None:
@@ -269,6 +271,7 @@ class _Intake:
         return await self.run(work)
 
     def advanced(self, received: int) -> None:
+        self.received += received
         self._reporter.advanced(self._transfer, received)
 
     async def clean(self, *, keep: bool = False) -> None:

@@ -161,7 +161,7 @@ async def open_service(
         timeout=settings.tinker.timeout.total_seconds(),
         user_agent=USER_AGENT,
         # Servers that send archives at once do so over these: there must be some left for questions.
-        connections=settings.transfer.connections + 8,
+        connections=2 * settings.transfer.connections + 8,
         extra_headers=access_headers(),
         deprecated=lambda route, note: log.warning("api.deprecated", route=route, note=note),
         observed=observed,

@@ -175,6 +175,8 @@ class Download:
         self._next: int | None = None
         """The first byte that no span was begun for; None when there are no spans."""
         self._total = 0
+        self._received = 0
+        """Bytes that came, over all connections."""
         self._changed = asyncio.Event()
         self._opened = AsyncExitStack()
         """The first answer, while it is read."""
@@ -363,7 +365,7 @@ class Download:
 
     async def _fill(self, piece: _Piece, end: int, trouble: StorageTrouble | None = None) -> None:
         """Bring a span, in as many requests as it takes."""
-        failures = _Failures(self._clock)
+        failures = _Failures(self._clock, lambda: self._received)
         if trouble is not None:
             await failures.consider(trouble, progress=piece.position - piece.first)
         while piece.position < end:
@@ -405,6 +407,7 @@ class Download:
             if piece.end is not None and piece.position + len(chunk) > piece.end:
                 message = "an answer is longer than the span that was asked for"
                 raise _Mixed(message)
+            self._received += len(chunk)
             await piece.put(chunk)
 
 
@@ -413,10 +416,16 @@ class _Mixed(StorageTrouble):
 
 
 class _Failures:
-    """How often in a row one span brought nothing, and how long to wait before it is asked for again."""
+    """How often in a row one span brought nothing, and how long to wait before it is asked for again.
 
-    def __init__(self, clock: Clock) -> None:
+    `received` tells what all spans of the object brought: while others go on (a storage can take few connections), this
+    one waits longer and is not given up.
+    """
+
+    def __init__(self, clock: Clock, received: Callable[[], int]) -> None:
         self._clock = clock
+        self._received = received
+        self._before = received()
         self._count = 0
 
     async def consider(self, trouble: StorageTrouble, *, progress: int) -> None:
@@ -425,10 +434,13 @@ class _Failures:
         passing = refused or trouble.status in _PASSING or trouble.status >= 500
         if isinstance(trouble, _Mixed) or not passing:
             raise trouble
+        before, self._before = self._before, self._received()
         if progress >= _REAL_PROGRESS:
             self._count = 0
             return
         self._count += 3 if trouble.stalled else 1
+        if self._before - before >= _REAL_PROGRESS:
+            self._count = min(self._count, _PATIENCE)
         if self._count > _PATIENCE:
             raise trouble
         if not (refused and self._count == 1):  # the first time another URL is all that it takes

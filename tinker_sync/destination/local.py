@@ -103,8 +103,8 @@ class LocalTree:
         self.root = root
         self.flusher = flusher or ThreadPoolExecutor(_FLUSHES, thread_name_prefix="flush")
         """Where files are made durable while others are written; starts no thread before the first."""
-        self._interrupted: dict[TinkerPath, Path] = {}
-        """Stages that a later attempt can go on with."""
+        self._interrupted: dict[TinkerPath, tuple[Path, datetime]] = {}
+        """Stages that a later attempt can go on with, and when that was noted last."""
         self._options = options
         self._space = space
         self.now = now
@@ -146,14 +146,18 @@ class LocalTree:
     def resume_stage(self, identity: Identity, source: str, expected_bytes: int | None) -> Interrupted | None:
         """What an earlier attempt at this very object left, by that source. Raises NoSpace, DiskTrouble."""
         self.check()
-        home = self._interrupted.pop(identity.path, None)
+        home, _ = self._interrupted.pop(identity.path, (None, None))
         if home is None:
             return None
         note = read_note(home)
         if note is None or note.reason or not note.identity.matches(identity) or not note.is_of(source):
             _remove_tree(home)
             return None if note is None else Interrupted(None, note.reason or "it is another object now")
-        reservation = self._space.reserve(max(0, (expected_bytes or 0) - note.kept))
+        try:
+            reservation = self._space.reserve(max(0, (expected_bytes or 0) - note.kept))
+        except BaseException:
+            self.keep_interrupted(home)
+            raise
         stage = LocalStage(self, identity, home, reservation)
         try:
             stage.load(note)
@@ -162,26 +166,23 @@ class LocalTree:
             return Interrupted(None, str(error))
         return Interrupted(stage, kept=note.kept)
 
-    def keep_interrupted(self, home: Path) -> bool:
-        """Remember a stage that a later attempt can go on with, or remove it: whether it is kept. Never raises."""
+    def keep_interrupted(self, home: Path) -> None:
+        """Remember a stage that a later attempt can go on with, or remove it. Never raises."""
         note = read_note(home)
         if note is None:
             _remove_tree(home)
-            return False
+            return
         if note.reason:  # the next attempt says so; the bytes are of no use
             _remove_tree(home / _PAYLOAD)
-        before = self._interrupted.get(note.identity.path)
-        if before is not None and before != home:
+        before, _ = self._interrupted.get(note.identity.path, (home, None))
+        if before != home:
             _remove_tree(before)
-        self._interrupted[note.identity.path] = home
-        return True
+        self._interrupted[note.identity.path] = (home, note.noted_at)
 
     def _forget_old_stages(self) -> None:
         """What nobody came back for is gone upstream by now."""
-        for path, home in list(self._interrupted.items()):
-            begun = _trashed_at(home.name)
-            if begun is None or self.now() - begun > _INTERRUPTED_LIVE:
-                self._interrupted.pop(path, None)
+        for path, (home, noted_at) in list(self._interrupted.items()):
+            if self.now() - noted_at > _INTERRUPTED_LIVE and self._interrupted.pop(path, None) is not None:
                 _remove_tree(home)
 
     def check(self) -> None:
@@ -221,7 +222,7 @@ class LocalTree:
     def _reclaim_interrupted(self) -> bool:
         """A download that waits for its next attempt gives its space to one that runs: whether there was one."""
         try:
-            _, home = self._interrupted.popitem()
+            _, (home, _) = self._interrupted.popitem()
         except KeyError:
             return False
         _remove_tree(home)
@@ -702,9 +703,9 @@ class LocalStage:
                 message = f"{self._home / PROGRESS_FILE} does not parse"
                 raise DiskTrouble(message) from error
             kept = {self.payload.joinpath(*path.parts) for found in objects for path in found.files()}
-            for directory, _, names in os.walk(self.payload):
-                for path in (Path(directory, name) for name in names):
-                    if path not in kept:
+            for directory, below, names in os.walk(self.payload):
+                for path in (Path(directory, name) for name in (*below, *names)):
+                    if path.is_symlink() or not (path.is_dir() or path in kept):
                         path.unlink()
         self._objects = {found.key: found for found in objects}
 
@@ -726,7 +727,7 @@ class LocalStage:
                 return
             self._unnoted = 0
             objects = tuple(found.as_json() for found in list(self._objects.values()))
-            note = Note(self._identity, rfc3339(self._tree.now()), objects)
+            note = Note(self._identity, self._tree.now(), objects)
             with disk_errors("cannot note progress in", self._home):
                 _fsync_directories(self._home)
                 fsync_directory(self._home.parent)

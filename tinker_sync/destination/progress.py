@@ -20,10 +20,11 @@ from tinker_sync.errors import DiskTrouble
 from tinker_sync.model.checkpoint import Identity
 from tinker_sync.model.evidence import Claim
 from tinker_sync.model.moments import parse_time, rfc3339
-from tinker_sync.model.paths import PathInvalid, PayloadPath, TinkerPath
+from tinker_sync.model.paths import PayloadPath, TinkerPath
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from datetime import datetime
     from pathlib import Path
 
     from tinker_sync.destination.files import HashingWriter
@@ -183,7 +184,7 @@ class Note:
     """What stands in a note about the whole stage."""
 
     identity: Identity
-    noted_at: str
+    noted_at: datetime
     objects: tuple[dict[str, Any], ...]
 
     def as_json(self) -> dict[str, Any]:
@@ -193,7 +194,7 @@ class Note:
             "tinker_path": str(self.identity.path),
             "time": rfc3339(self.identity.time),
             "size_bytes": self.identity.size_bytes,
-            "noted_at": self.noted_at,
+            "noted_at": rfc3339(self.noted_at),
             "objects": list(self.objects),
         }
 
@@ -224,6 +225,6 @@ def read_note(home: Path) -> Note | None:
         identity = Identity(
             TinkerPath.parse(document["tinker_path"]), parse_time(document["time"]), document["size_bytes"]
         )
-        return Note(identity, document["noted_at"], tuple(document["objects"]))
-    except (OSError, ValueError, TypeError, KeyError, PathInvalid, RecursionError):
+        return Note(identity, parse_time(document["noted_at"]), tuple(document["objects"]))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None

@@ -127,6 +127,8 @@ class Committed:
     replica: Replica
     superseded: tuple[Replica, ...] | None = None
     """All older versions of the path that are kept, where the commit moved one aside; None where it did not."""
+    received: int | None = None
+    """Bytes that came for it over the wire; None where nobody counted."""
 
 
 @dataclass(frozen=True, slots=True)
