@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import gzip
 import hashlib
 import io
@@ -14,7 +15,9 @@ import signal
 import subprocess
 import tarfile
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -422,6 +425,61 @@ def test_a_tar_is_the_same_wherever_it_was_interrupted(
     for seen in files:
         content = stage.payload.joinpath(*seen.path.parts).read_bytes()
         assert hashlib.sha256(content).hexdigest() == seen.sha256
+    stage.abort()
+
+
+class Held(ThreadPoolExecutor):
+    """A flusher that does nothing before it is told to, and then in any order."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+        self.held: list[tuple[Future[Any], Callable[[], Any]]] = []
+
+    def submit(self, work: Callable[..., Any], /, *arguments: Any, **named: Any) -> Future[Any]:
+        """Keep it."""
+        future: Future[Any] = Future()
+        self.held.append((future, partial(work, *arguments, **named)))
+        return future
+
+    def do(self, number: int) -> None:
+        """Carry out one of those that are held."""
+        future, work = self.held[number]
+        future.set_result(work())
+
+
+def test_nothing_is_noted_before_it_is_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A later file can be on the device before an earlier one: what is noted ends where the first hole begins."""
+    monkeypatch.setattr(durable, "FLUSH_EVERY", 1000)
+    monkeypatch.setattr(local, "FLUSH_EVERY", 1000)
+    monkeypatch.setattr(durable, "_QUICK", 0)
+    flusher = Held()
+    tree = make_tree(tmp_path)
+    tree.flusher = flusher
+    stage = tree.open_stage(OBJECT, None)
+    staged = stage.stage_object("archive", '"e"', Claim(10_000))
+    staged.framing(b"h" * 512)
+    first = staged.write(PayloadPath.parse("first"))
+    first.write(b"1" * 1000)
+    flusher.do(0)
+    first.write(b"1" * 900)
+    first.close()
+    staged.framing(b"p" * 124 + b"h" * 512)
+    second = staged.write(PayloadPath.parse("second"))
+    second.write(b"2" * 1500)
+    (home,) = tree.area("staging").iterdir()
+
+    def noted() -> list[dict[str, Any]]:
+        note = json.loads((home / "progress.json").read_text())
+        return [{name: part[name] for name in part if name != "sha256"} for part in note["objects"][0]["parts"]]
+
+    header = {"framing": base64.b64encode(b"h" * 512).decode()}
+    assert noted() == [header, {"file": "first", "bytes": 1000}]
+    flusher.do(2)  # the second file, before the rest of the first
+    assert noted() == [header, {"file": "first", "bytes": 1000}]
+    flusher.do(1)
+    second.write(b"2" * 1500)
+    flusher.do(3)
+    assert [part.get("bytes") for part in noted()] == [None, 1900, None, 3000]
     stage.abort()
 
 

@@ -65,6 +65,8 @@ class SqlCatalog:
         reader opens the catalog for one look."""
         self._deeds: dict[DeedKey, Deed] | None = None
         self._generation = 0
+        self._all_mirrored_at: int | None = None
+        """The generation in which everything that is listed was found to have a sound copy."""
         self._file: tuple[int, int] | None = None
 
     @classmethod
@@ -187,6 +189,7 @@ class SqlCatalog:
             if self._memory is not None:
                 return self._memory.snapshot()
             first_expiry = _first_expiry(connection, ~_copies(sound=True).exists())
+            self._all_mirrored_at = None if first_expiry else self._generation
             present = _rows_of(connection, schema.replicas, list(map(str, first_expiry)))
             failed = connection.execute(select(schema.failures))
             return Known(
@@ -270,6 +273,8 @@ class SqlCatalog:
 
     def unmirrored(self) -> list[tuple[Checkpoint, datetime | None, datetime]]:
         """What the service showed last and no replica is a copy of: the first expiry and the first sight of each."""
+        if self._all_mirrored_at == self._generation:
+            return []
         query = select(schema.upstream).where(~_copies().exists())
         with self._begin() as connection:
             return [
@@ -574,7 +579,7 @@ class SqlCatalog:
         `kept` are the facts of the catalog before, where they could be read.
         """
         with self._begin() as connection:
-            self._memory = self._deeds = None
+            self._memory = self._deeds = self._all_mirrored_at = None
             here = {str(replica.path): replica for replica in replicas if not replica.superseded}
             failed: dict[TinkerPath, Failure] = {}
             for failure in sorted(quarantined, key=lambda failure: failure.failed_at):

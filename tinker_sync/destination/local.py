@@ -251,6 +251,7 @@ class LocalTree:
 
     def place(self, base: Path, manifest: Manifest, home: Path, *, repairs: bool) -> Committed:
         """Give a whole, durable stage its final name. Raises NoSpace, DiskTrouble."""
+        self.check()
         with self._renames, disk_errors("cannot commit into", self.root):
             ancestors = [self.root]
             for component in (manifest.tinker_path.run_id, manifest.tinker_path.segment):
