@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from tinker_sync.acquire.common import Acquired, pump, replay
@@ -16,6 +15,7 @@ from tinker_sync.integrity import read_claim
 if TYPE_CHECKING:
     from tinker_sync.acquire.directory import DirectorySource
     from tinker_sync.acquire.download import Downloader
+    from tinker_sync.model.evidence import Defect, SeenFile
     from tinker_sync.model.paths import SignedUrl
     from tinker_sync.model.work import Transfer
     from tinker_sync.ports import Body, Intake, Signer, StagedObject
@@ -87,15 +87,16 @@ class ArchiveSource:
     async def _unpack(self, body: Body, unpacker: Unpacker, intake: Intake, *, by_bare_id: bool) -> Acquired:
         claim = unpacker.claim
         unprovable = claim.length is None and not claim.digests
-        cut = not body.ends_itself
-        try:
-            await pump(body.chunks(), intake, unpacker.feed, lambda: unprovable and unpacker.hopeless)
-        except StorageTrouble:
+        ends_itself = body.ends_itself
+
+        def finish(trouble: StorageTrouble | None) -> tuple[list[SeenFile], list[Defect]]:
             # Without length or chunking a dropped connection can be the end: then the archive's own end decides.
-            if body.ends_itself or not unpacker.complete:
-                raise
-        files, defects = await intake.run(
-            partial(unpacker.finish, cut=cut and not unpacker.complete and not unpacker.hopeless)
+            if trouble is not None and (ends_itself or not unpacker.complete):
+                raise trouble
+            return unpacker.finish(cut=not ends_itself and not unpacker.complete and not unpacker.hopeless)
+
+        files, defects = await pump(
+            body.chunks(), intake, unpacker.feed, finish, lambda: unprovable and unpacker.hopeless
         )
         return Acquired(files, defects, "archive", {"archive": claim}, by_bare_id)
 

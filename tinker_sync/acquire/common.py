@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from tinker_sync.errors import StorageTrouble
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tinker_sync.model.evidence import Claim, Defect, SeenFile
     from tinker_sync.ports import Intake, StagedObject
 
+T = TypeVar("T")
 _PIECE: Final = 512 * 1024
 """Bytes per step of the writing thread: large enough that switching threads costs nothing."""
 _REPLAYED_AT_ONCE: Final = 8
@@ -39,11 +40,13 @@ async def pump(
     chunks: AsyncIterator[bytes],
     intake: Intake,
     sink: Callable[[bytes], None],
+    finish: Callable[[StorageTrouble | None], T],
     enough: Callable[[], bool] = lambda: False,
-) -> None:
+) -> T:
     """Bring a body to `sink` in the writing thread, reading on while it works; at most two pieces are in memory.
 
-    `enough` ends it early. Raises what the body or the sink raises; the sink is never left running.
+    `finish` is called there after the last piece, with what cut the body short, which it may raise. `enough` ends it
+    early. Raises what the body or the sink raises; the sink is never left running.
     """
     working: asyncio.Task[None] | None = None
     piece: list[bytes] = []
@@ -53,6 +56,10 @@ async def pump(
         if working is not None:
             await working
         return asyncio.create_task(intake.run(partial(_feed, sink, piece)))
+
+    def end() -> T:
+        _feed(sink, piece)  # what came before a cut, too: it can be all that there is
+        return finish(trouble)
 
     trouble: StorageTrouble | None = None
     try:
@@ -66,16 +73,13 @@ async def pump(
                 if enough():
                     break
     except StorageTrouble as error:
-        trouble = error  # what came before the cut is handed over too: it can be all that there is
+        trouble = error
     finally:
         if working is not None:
             await asyncio.wait([working])
-    if piece:
-        working = await hand_over()
     if working is not None:
         await working
-    if trouble is not None:
-        raise trouble
+    return await intake.run(end)
 
 
 def _feed(sink: Callable[[bytes], None], piece: list[bytes]) -> None:

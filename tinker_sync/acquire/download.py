@@ -34,11 +34,11 @@ if TYPE_CHECKING:
     Sign = Callable[[SignedUrl | None], Awaitable[SignedUrl]]
     """Gives the object's URL: another one than the one that was refused."""
 
-FIRST: Final = 3 * SEGMENT
+FIRST: Final = 4 * SEGMENT
 """Bytes that the first request asks for: small objects are whole with it."""
-LONG: Final = 12 * SEGMENT
+LONG: Final = 16 * SEGMENT
 """Bytes of a span while all connections are busy: it is consumed as it comes, and needs no memory."""
-_BUFFERED: Final = SEGMENT // 6
+_BUFFERED: Final = SEGMENT // 4
 """How much waits in memory of a span that has none of its own, in bytes: enough to read on while it is written."""
 _REAL_PROGRESS: Final = 64 * 1024
 """Bytes of one answer after which a cut is no reason to wait or to give up."""

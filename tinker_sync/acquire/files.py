@@ -80,8 +80,7 @@ class FilesSource:
                 sink, odd = await self._begin(download, path, stage, intake)
             else:
                 sink = begun[1]
-            await pump(download.chunks(), intake, sink.feed)
-            seen, faults = await intake.run(partial(sink.finish, str(path)))
+            seen, faults = await pump(download.chunks(), intake, sink.feed, partial(sink.finish, str(path)))
             if not download.ends_itself:
                 faults.append(Defect(Kind.TRANSPORT, "nothing proves where it ends: no length, no chunking", str(path)))
         return seen, sink.claim, [*odd, *faults]
@@ -131,7 +130,9 @@ class _FileSink:
         for piece in self._gunzip.feed(data):
             self._writer.write(piece)
 
-    def finish(self, where: str) -> tuple[SeenFile, list[Defect]]:
+    def finish(self, where: str, trouble: StorageTrouble | None) -> tuple[SeenFile, list[Defect]]:
+        if trouble is not None:
+            raise trouble
         seen = self._writer.close()
         defects = judge_body(self.claim, self._meter.seen(), where)
         if self._gunzip is not None and (fault := self._gunzip.finish()) is not None:

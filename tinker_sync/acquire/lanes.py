@@ -14,7 +14,7 @@ from typing import Final
 Rank = Callable[[], tuple[int, int]]
 """(0 for what is waited for, 1 for what is fetched ahead; the transfer's priority): asked again whenever places come free."""
 
-SEGMENT: Final = 3 * 1024 * 1024
+SEGMENT: Final = 2 * 1024 * 1024
 """Bytes of a span that is fetched ahead, all of which can have to wait in memory."""
 AHEAD: Final = 17
 """How many such spans there are at a time, of all downloads together, counting for each download one for its next bytes."""

@@ -33,7 +33,9 @@ FLUSH_EVERY: Final = 64 * 1024 * 1024
 """So that the last fsync, and a stop, stay short."""
 
 _QUICK: Final = 1024 * 1024
-"""Fewer bytes than this are made durable at once: another thread would cost more than it saves."""
+"""Fewer bytes than this are made durable at once, and stay in the page cache: more would cost more than it saves."""
+_OTHERS: Final = 0o077
+"""Permissions that a umask is there to take; what has none of them is created as it should be."""
 
 
 @contextmanager
@@ -92,7 +94,8 @@ def write_new(path: Path, content: bytes, *, mode: int) -> None:
     """Create a file that is not there yet, and fsync it. Raises OSError."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
     try:
-        os.fchmod(descriptor, mode)
+        if mode & _OTHERS:
+            os.fchmod(descriptor, mode)
         view = memoryview(content)
         while view:
             view = view[os.write(descriptor, view) :]
@@ -111,7 +114,8 @@ def make_directories(path: Path, *, mode: int) -> list[Path]:
     for directory in reversed(missing):
         with suppress(FileExistsError):
             directory.mkdir(mode=mode)
-            directory.chmod(mode)
+            if mode & _OTHERS:
+                directory.chmod(mode)
     return [directory.parent for directory in missing]
 
 
@@ -162,7 +166,8 @@ class HashingWriter:
         flags = os.O_CREAT | os.O_EXCL if kept is None else 0
         with disk_errors("cannot create", target):
             self._descriptor = os.open(target, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW | flags, mode)
-            os.fchmod(self._descriptor, mode)
+            if mode & _OTHERS:
+                os.fchmod(self._descriptor, mode)
             if kept is not None:
                 os.ftruncate(self._descriptor, kept.size)
                 os.lseek(self._descriptor, 0, os.SEEK_END)
@@ -213,7 +218,8 @@ class HashingWriter:
     def _make_durable(self, reached: Durable, written: int, *, last: bool) -> None:
         with disk_errors("cannot flush", self._target):
             (os.fsync if last else os.fdatasync)(self._descriptor)
-            os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            if self._size >= _QUICK:
+                os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         self._space.written(written)
         self.durable, self.is_durable = reached, last
         if last:

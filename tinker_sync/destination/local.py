@@ -623,8 +623,9 @@ class LocalStage:
         """Start a file, or go on with one. Raises NoSpace, DiskTrouble."""
         options = self._tree.options
         target = self.payload.joinpath(*path.parts)
-        with disk_errors("cannot make", target.parent):
-            make_directories(target.parent, mode=options.dir_mode)
+        if len(path.parts) > 1:
+            with disk_errors("cannot make", target.parent):
+                make_directories(target.parent, mode=options.dir_mode)
         writer = HashingWriter(
             path,
             target,

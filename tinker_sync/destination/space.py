@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from tinker_sync.errors import NoSpace
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+
+_LOOK_EVERY: Final = 1_000_000
+"""Bytes of one transfer between two looks at the filesystem."""
 
 
 def free_bytes(path: Path) -> int:
@@ -25,11 +29,17 @@ class Reservation:
     def __init__(self, ledger: SpaceLedger, expected: int) -> None:
         self._ledger = ledger
         self._left = expected
+        self._unchecked = 0
         self._lock = threading.Lock()  # files of one checkpoint are written by several threads
 
     def written(self, size: int) -> None:
-        """So much is on disk now and no longer reserved. Raises NoSpace below `min_free`."""
+        """So much is on disk now and no longer reserved. Raises NoSpace below `min_free`, to within a megabyte."""
         self._take(size)
+        with self._lock:
+            self._unchecked += size
+            if self._unchecked < _LOOK_EVERY:
+                return
+            self._unchecked = 0
         self._ledger.check()
 
     def release(self) -> None:
