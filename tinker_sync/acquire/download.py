@@ -141,8 +141,10 @@ class Downloader:
             await download.begin(start)
             yield download
         finally:
-            await download.close()
-            self._lanes.ahead.give()
+            try:
+                await download.close()
+            finally:
+                self._lanes.ahead.give()
 
     def trusts(self, host: str) -> bool:
         """Whether spans may be asked for there."""
@@ -200,8 +202,10 @@ class Download:
             self.headers, self.ends_itself = body.headers, body.ends_itself
         elif start is not None and start.offset == self._total:
             self.begins = self._next = self._total
-            await self._opened.aclose()
-            self._lanes.connections.give()
+            try:
+                await self._opened.aclose()
+            finally:
+                self._lanes.connections.give()
             return
         else:
             self.begins, self._next = span.first, span.end
@@ -229,13 +233,15 @@ class Download:
         """End everything that runs."""
         for task in self._tasks:
             task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
-        await self._opened.aclose()
-        for piece in self._pieces:
-            if piece.ahead:
-                self._lanes.ahead.give()
-        self._pieces.clear()
+        try:
+            if self._tasks:
+                await asyncio.wait(self._tasks)
+            await self._opened.aclose()
+        finally:
+            for piece in self._pieces:
+                if piece.ahead:
+                    self._lanes.ahead.give()
+            self._pieces.clear()
 
     # The order of spans
 

@@ -725,11 +725,11 @@ class LocalStage:
         """So many more bytes are on the device: after enough of them, note it. Raises NoSpace, DiskTrouble."""
         with self._noting:
             self._unnoted += durable
-            if self._unnoted < FLUSH_EVERY or all(found.validator is None for found in self._objects.values()):
+            objects = list(self._objects.values())  # others are begun meanwhile
+            if self._unnoted < FLUSH_EVERY or all(found.validator is None for found in objects):
                 return
             self._unnoted = 0
-            objects = tuple(found.as_json() for found in list(self._objects.values()))
-            note = Note(self._identity, self._tree.now(), objects)
+            note = Note(self._identity, self._tree.now(), tuple(found.as_json() for found in objects))
             with disk_errors("cannot note progress in", self._home):
                 _fsync_directories(self._home)
                 fsync_directory(self._home.parent)
