@@ -299,6 +299,10 @@ class StagedObject(Protocol):
 class Stage(Protocol):
     """The private place where a replica is put together."""
 
+    def keys(self) -> set[str]:
+        """Of which objects an earlier attempt kept something."""
+        ...
+
     def staged(self, key: str) -> StagedObject | None:
         """What an earlier attempt kept of an object."""
         ...

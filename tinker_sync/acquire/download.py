@@ -200,7 +200,7 @@ class Download:
         piece = _Piece(0, None, ahead=False)
         if span is None:
             self.headers, self.ends_itself = body.headers, body.ends_itself
-        elif start is not None and start.offset == self._total:
+        elif start is not None and (start.offset, start.validator) == (self._total, self.validator):
             self.begins = self._next = self._total
             try:
                 await self._opened.aclose()

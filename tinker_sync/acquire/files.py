@@ -51,7 +51,11 @@ class FilesSource:
             raise NotTransferable(message)
         if defects:
             return Acquired((), defects, "files")
-        stage = await intake.resume(_SOURCE, transfer.size_bytes) or await intake.begin(transfer.size_bytes)
+        stage = await intake.resume(_SOURCE, transfer.size_bytes)
+        if stage is not None and not stage.keys() <= {f"{_SOURCE}:{path}" for path in paths.values()}:
+            intake.starts_over("the service lists other files now")
+            stage = None
+        stage = stage or await intake.begin(transfer.size_bytes)
         turn = asyncio.Semaphore(_AT_A_TIME)
         claims: dict[str, Claim] = {}
 

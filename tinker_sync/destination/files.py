@@ -166,7 +166,7 @@ class HashingWriter:
         flags = os.O_CREAT | os.O_EXCL if kept is None else 0
         with disk_errors("cannot create", target):
             self._descriptor = os.open(target, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW | flags, mode)
-            if mode & _OTHERS:
+            if kept is not None or mode & _OTHERS:
                 os.fchmod(self._descriptor, mode)
             if kept is not None:
                 os.ftruncate(self._descriptor, kept.size)
@@ -197,6 +197,11 @@ class HashingWriter:
         """Wait until everything is on the device. Raises NoSpace, DiskTrouble."""
         if self._flushing is not None:
             self._flushing.result()
+
+    @property
+    def failed(self) -> bool:
+        """Whether something could not be made durable; waits for what is under way."""
+        return self._flushing is not None and self._flushing.exception() is not None
 
     def discard(self) -> None:
         """Close without keeping promises; harmless when closed already."""

@@ -603,6 +603,10 @@ class LocalStage:
         """Where the files are."""
         return self._home / _PAYLOAD
 
+    def keys(self) -> set[str]:
+        """Of which objects something was kept."""
+        return set(self._objects)
+
     def staged(self, key: str) -> StagedObject | None:
         """What an earlier attempt kept of an object, where it can be gone on with."""
         found = self._objects.get(key)
@@ -688,8 +692,12 @@ class LocalStage:
 
     def suspend(self) -> None:
         """Leave what is durable for a later attempt, or remove it where there is nothing to go on with. Never raises."""
+        failed = any(writer.failed for writer in self._writers)  # a failed fsync is final for its stage
         self._close()
-        self._tree.keep_interrupted(self._home)
+        if failed:
+            _remove_tree(self._home)
+        else:
+            self._tree.keep_interrupted(self._home)
 
     def abort(self) -> None:
         """Remove it. Never raises; harmless when it is gone."""

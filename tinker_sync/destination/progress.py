@@ -151,11 +151,12 @@ class StagedObject:
         """What is durable, up to the first part of which something is not."""
         parts = []
         for part in list(self._parts) or self._kept:
+            whole = part.whole  # before what is durable: a flush can end between the two
             noted = None if self.reason else part.as_json()
             if noted is None:
                 break
             parts.append(noted)
-            if not part.whole and self._parts:
+            if not whole and self._parts:
                 break
         return {
             "key": self.key,
@@ -225,6 +226,9 @@ def read_note(home: Path) -> Note | None:
         identity = Identity(
             TinkerPath.parse(document["tinker_path"]), parse_time(document["time"]), document["size_bytes"]
         )
-        return Note(identity, parse_time(document["noted_at"]), tuple(document["objects"]))
+        note = Note(identity, parse_time(document["noted_at"]), tuple(document["objects"]))
+        return (
+            note if note.kept >= 0 and isinstance(note.reason, str) and note.is_of("archive") in (True, False) else None
+        )
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
