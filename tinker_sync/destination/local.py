@@ -423,6 +423,7 @@ class LocalTree:
 
     def record_run(self, run_id: str, facts: Mapping[str, object]) -> None:
         """Write `run.json`. Raises NoSpace, DiskTrouble."""
+        self.check()
         with self._renames, disk_errors("cannot write run.json below", self.root):
             directory = self.root / self._free_name(self.root, run_id)
             for parent in make_directories(directory, mode=self._options.dir_mode):
