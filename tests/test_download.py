@@ -347,6 +347,62 @@ async def test_a_start_in_the_middle() -> None:
         assert await fetch(downloader, sign, Start(size + 5, '"one"', size + 9)) == (0, store.body)
 
 
+@pytest.mark.parametrize("size", [20 * SEGMENT, 1])
+async def test_what_was_whole_is_confirmed_by_its_own_etag_alone(size: int) -> None:
+    """A storage that does not heed `If-Range`: another object of the same length is fetched, not taken for the old one."""
+    store = Store(some_bytes(size))
+
+    def deaf(_: int, request: web.Request, answer: dict[str, Any]) -> None:
+        asked = request.http_range
+        first, end = asked.start or 0, min(asked.stop or size, size)
+        span = f"bytes {first}-{end - 1}/{size}"
+        answer.update(status=206, body=store.body[first:end], headers={"ETag": '"one"', "Content-Range": span})
+
+    store.spoil = deaf
+    async with downloading(store) as (downloader, sign, _):
+        assert await fetch(downloader, sign, Start(size, '"old"', size)) == (0, store.body)
+        assert await fetch(downloader, sign, Start(size, '"one"', 2 * size)) == (0, store.body)
+        assert await fetch(downloader, sign, Start(size, '"one"', size)) == (size, b"")
+
+
+async def test_another_object_behind_if_range_comes_over_several_connections_too() -> None:
+    """A 200 says only that the old one is gone."""
+    store = Store(some_bytes(40 * SEGMENT))
+    async with downloading(store) as (downloader, sign, _):
+        assert await fetch(downloader, sign, Start(12345, '"old"', len(store.body))) == (0, store.body)
+    assert len(store.spans) > 10
+
+
+async def test_an_answer_that_is_too_long_is_asked_for_as_a_whole() -> None:
+    """It would come again; the next attempt has one connection, and the right bytes."""
+    store = Store(some_bytes(20 * SEGMENT))
+
+    def more(_: int, __: web.Request, answer: dict[str, Any]) -> None:
+        if answer["status"] == 206:
+            answer["body"] += b"more"
+
+    store.spoil = more
+    async with downloading(store) as (downloader, sign, _):
+        with pytest.raises(StorageTrouble, match="longer than the span"):
+            await fetch(downloader, sign)
+        assert await fetch(downloader, sign) == (0, store.body)
+    assert store.spans[-1] is None
+
+
+async def test_silence_before_the_headers_is_a_stall() -> None:
+    """Like any other."""
+
+    async def mute(_: web.Request) -> web.StreamResponse:
+        await asyncio.sleep(10)
+        return web.Response()
+
+    async with serving(mute) as origin, StorageTransport(stall_timeout=0.3) as storage:
+        with pytest.raises(StorageTrouble) as raised:
+            async with storage.open(SignedUrl(f"{origin}/x")):
+                pass
+    assert raised.value.stalled
+
+
 async def test_a_consumer_that_waits_fills_no_memory() -> None:
     """Whatever its size, and however many downloads: what came early is bounded."""
     store = Store(some_bytes(200 * SEGMENT))

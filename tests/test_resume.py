@@ -16,7 +16,7 @@ import subprocess
 import tarfile
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -26,26 +26,31 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import NOW, Site, command, run
-from tests.test_destination import OBJECT, PATH, make_tree
+from tests.test_destination import OBJECT, PATH, make_manifest, make_tree
 from tests.test_sync import expected
 from tinker_sync.acquire import download
+from tinker_sync.acquire.archive import _Signing as Signing
 from tinker_sync.acquire.tar import Limits
 from tinker_sync.acquire.unpack import Unpacker
+from tinker_sync.api.account import SignedArchive
 from tinker_sync.destination import files as durable
 from tinker_sync.destination import local
-from tinker_sync.errors import DiskTrouble
+from tinker_sync.errors import DiskTrouble, NoSpace, StorageTrouble
 from tinker_sync.model.checkpoint import Identity
 from tinker_sync.model.evidence import Claim
-from tinker_sync.model.paths import PayloadPath
+from tinker_sync.model.manifest import FileEntry
+from tinker_sync.model.paths import PayloadPath, SignedUrl, TinkerPath
+from tinker_sync.model.work import Transfer
 from tinker_sync.sandbox import Fault, Payload, adapter
 from tinker_sync.sandbox.adapters import PayloadFile, safetensors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import AsyncIterator, Callable, Iterator
     from pathlib import Path
 
 RUN = "39aa5eb2-e234-5a95-ab68-896e4cac8c45:train:0"
 SIZE = 3_000_000
+OTHER = TinkerPath("run:train:0", "weights", "other")
 
 
 @pytest.fixture
@@ -321,6 +326,162 @@ def test_what_nobody_comes_back_for_goes(tmp_path: Path) -> None:
     assert kept() == 0
 
 
+def begun(tree: local.LocalTree, size: int = 3000) -> tuple[local.LocalStage, Any]:
+    """A stage with a note: framing and so much of one file."""
+    stage = tree.open_stage(OBJECT, None)
+    staged = stage.stage_object("archive", '"etag"', Claim(10_000))
+    staged.framing(b"header")
+    writer = staged.write(PayloadPath.parse("sub/a"))
+    writer.write(b"x" * size)
+    writer.settle()
+    return stage, staged
+
+
+@pytest.fixture
+def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flushed and noted every 1,000 bytes, in the background."""
+    monkeypatch.setattr(durable, "FLUSH_EVERY", 1000)
+    monkeypatch.setattr(local, "FLUSH_EVERY", 1000)
+    monkeypatch.setattr(durable, "_QUICK", 0)
+
+
+@pytest.mark.usefixtures("_tiny")
+@pytest.mark.parametrize("inline", [True, False])
+def test_a_stage_that_failed_a_flush_is_not_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, inline: bool
+) -> None:
+    """Whoever met the error, and whatever ended the attempt: a noted stage goes too."""
+    tree = make_tree(tmp_path)
+    stage, staged = begun(tree)
+    monkeypatch.setattr(durable, "_QUICK", 10**9 if inline else 0)
+    other = staged.write(PayloadPath.parse("b"))
+
+    def broken(_: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", broken)
+        other.write(b"y")
+        with suppress(DiskTrouble):
+            other.close()
+        with pytest.raises(DiskTrouble):
+            other.settle() if not inline else other.close()
+    stage.suspend()
+    assert list(tree.area("staging").iterdir()) == []
+    assert tree.resume_stage(OBJECT, "archive", None) is None
+
+
+@pytest.mark.usefixtures("_tiny")
+def test_what_cannot_make_room_is_left_alone(tmp_path: Path) -> None:
+    """One checkpoint that never fits does not make the others start over; one that fits then takes the oldest."""
+    free = [5000]
+    tree = make_tree(tmp_path)
+    tree._space._free = lambda _: free[0]
+    begun(tree)[0].suspend()
+    with pytest.raises(NoSpace):
+        tree.open_stage(Identity(OTHER, NOW, None), 10**12)
+    assert len(list(tree.area("staging").iterdir())) == 1
+    with pytest.raises(NoSpace):  # it is tried, and on this disk brings nothing
+        tree.open_stage(Identity(OTHER, NOW, None), 7000)
+    assert list(tree.area("staging").iterdir()) == []
+
+
+@pytest.mark.usefixtures("_tiny")
+@pytest.mark.parametrize("lack", ["key", "parts", "starts_over", "objects", "noted_at", "link", "hole", "negative"])
+def test_a_note_that_is_none_stops_no_start(tmp_path: Path, lack: str) -> None:
+    """Whatever stands there: the stage goes, or is refused when it is asked for; nothing is believed."""
+    tree = make_tree(tmp_path)
+    begun(tree)[0].suspend()
+    (home,) = tree.area("staging").iterdir()
+    path = home / "progress.json"
+    note = json.loads(path.read_text())
+    found = note["objects"][0]
+    if lack in found:
+        del found[lack]
+    elif lack in note:
+        del note[lack]
+    elif lack == "link":
+        path.rename(tmp_path / "elsewhere")
+        path.symlink_to(tmp_path / "elsewhere")
+    elif lack == "hole":
+        found["parts"].append({"framing": "AAAA"})
+    else:
+        found["parts"][-1]["bytes"] = -5
+    if lack != "link":
+        path.write_text(json.dumps(note))
+    again = make_tree(tmp_path)
+    again.recover()
+    found = again.resume_stage(OBJECT, "archive", None)
+    assert found is None or found.stage is None
+    assert list(again.area("staging").iterdir()) == []
+
+
+@pytest.mark.usefixtures("_tiny")
+def test_directories_of_what_is_gone_on_with_have_the_mode_of_now(tmp_path: Path) -> None:
+    """Looser before, or tighter."""
+    begun(make_tree(tmp_path, dir_mode=0o750, file_mode=0o640))[0].suspend()
+    tree = make_tree(tmp_path)
+    tree.recover()
+    found = tree.resume_stage(OBJECT, "archive", None)
+    assert found is not None
+    assert found.stage is not None
+    staged = found.stage.staged("archive")
+    assert staged is not None
+    staged.write(PayloadPath.parse("sub/a"))
+    modes = {path.name: path.stat().st_mode & 0o777 for path in found.stage.payload.rglob("*")}
+    assert modes == {"sub": 0o700, "a": 0o600}
+    assert found.stage.payload.stat().st_mode & 0o777 == 0o700
+    found.stage.abort()
+
+
+def test_a_whole_stage_is_durable_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its process died between the manifest and the last fsync: the next start does what was left."""
+    tree = make_tree(tmp_path)
+    stage = tree.open_stage(OBJECT, None)
+    writer = stage.write(PayloadPath.parse("sub/adapter_model.bin"))
+    writer.write(b"weights")
+    seen = writer.close()
+    manifest = make_manifest(tinker_path=PATH, files=(FileEntry(seen.path, seen.size, seen.sha256),))
+    (stage.payload / ".tinker-sync.json").write_bytes(manifest.to_bytes())
+    flushed: list[str] = []
+
+    def note(path: Path) -> None:
+        flushed.append(path.name)
+
+    monkeypatch.setattr(local, "fsync_directory", note)
+    assert len(make_tree(tmp_path).recover()) == 1
+    assert flushed[:3] == ["sub", "payload", stage.payload.parent.name]
+
+
+async def test_signing_again_never_brings_another_way(site: Site) -> None:
+    """Only under the bare id now: that can be the other type's."""
+    first, again = SignedUrl("https://storage/1"), SignedUrl("https://storage/2")
+
+    class Signer:
+        @asynccontextmanager
+        async def archive(self, *_: object) -> AsyncIterator[SignedArchive]:
+            yield SignedArchive(again, None, by_bare_id=True)
+
+    transfer = Transfer(PATH, NOW, None, 1)
+    with pytest.raises(StorageTrouble, match="another way"):
+        await Signing(Signer(), transfer, "x", first, by_bare_id=False).url(first)  # type: ignore[arg-type]
+    assert await Signing(Signer(), transfer, "x", first, by_bare_id=True).url(first) == again  # type: ignore[arg-type]
+    del site
+
+
+@pytest.mark.usefixtures("_often")
+async def test_a_file_that_is_no_longer_listed_is_not_committed(site: Site) -> None:
+    """It starts over: nothing stands in a replica that this attempt did not bring or hash."""
+    files = tuple(safetensors(f"part-{n}.safetensors", {"m": ("U8", [600_000])}, n) for n in range(8))
+    made = site.sandbox.account.add(RUN, "big", "external", payload=Payload((adapter(1).files[0], *files)))
+    site.transfer = {"bandwidth": 4_000_000, "stall_timeout": "5s"}
+    await interrupt(site, 4_000_000)
+    site.transfer = {}
+    made.payload = Payload(made.payload.files[:1] + made.payload.files[4:])
+    assert (await site.sync()).transferred == [made.path]
+    assert site.payload(made.path) == {file.name: file.read() for file in made.payload.files}
+
+
 def test_a_failed_flush_is_final_for_its_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where it happens in the background: nothing of it is noted, and the commit fails."""
     monkeypatch.setattr(durable, "FLUSH_EVERY", 1000)
@@ -470,7 +631,10 @@ def test_nothing_is_noted_before_it_is_durable(tmp_path: Path, monkeypatch: pyte
 
     def noted() -> list[dict[str, Any]]:
         note = json.loads((home / "progress.json").read_text())
-        return [{name: part[name] for name in part if name != "sha256"} for part in note["objects"][0]["parts"]]
+        return [
+            {name: part[name] for name in part if name not in ("sha256", "whole")}
+            for part in note["objects"][0]["parts"]
+        ]
 
     header = {"framing": base64.b64encode(b"h" * 512).decode()}
     assert noted() == [header, {"file": "first", "bytes": 1000}]

@@ -80,8 +80,8 @@ class Transferrer:
         """Make one attempt.
 
         `repairs` is the damaged replica that has the name. Of the same object, only bytes equal to its manifest take
-        its place; another object upstream is a new replica, and the damaged one is kept aside. Raises TransferFailed, RequestRefused, ServiceTrouble; nothing is left
-        behind then.
+        its place; another object upstream is a new replica, and the damaged one is kept aside. Raises TransferFailed, RequestRefused, ServiceTrouble; what is left
+        behind then is what the next attempt goes on with.
         """
         intake = _Intake(self._destination, transfer, self._reporter, self._writers)
         keep = False

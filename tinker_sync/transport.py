@@ -746,7 +746,7 @@ class StorageTransport:
         except (httpx.HTTPError, httpx.InvalidURL, aiohttp.ClientError, OSError, ValueError) as error:
             self._observed("storage", "error")
             message = f"the storage at {url.host} cannot be reached ({_reason(error)})"
-            raise errors.StorageTrouble(message) from None
+            raise errors.StorageTrouble(message, stalled=isinstance(error, httpx.ReadTimeout)) from None
         self._observed("storage", str(response.status_code))
         return response
 

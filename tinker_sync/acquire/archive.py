@@ -45,7 +45,7 @@ class ArchiveSource:
             raise NotTransferable(message)
         if url.scheme == "file":
             return await self._directories.acquire(url, intake)
-        signing = _Signing(self._signer, transfer, listed_id, url)
+        signing = _Signing(self._signer, transfer, listed_id, url, by_bare_id=by_bare_id)
         begun = await self._go_on(transfer, intake)
         start = None if begun is None else Start.of(begun[0])
         async with self._downloader.open(signing.url, urgency=intake.urgency, start=start) as download:
@@ -82,6 +82,8 @@ class ArchiveSource:
         expected = max(claim.length or 0, transfer.size_bytes or 0) or None
         stage = await intake.begin(expected)
         staged = stage.stage_object(_OBJECT, body.validator, claim)  # of an empty stage: nothing blocks
+        if odd:
+            staged.cannot_resume("the storage's digests contradict each other")
         return Unpacker(staged, self._limits, transfer.size_bytes, odd)
 
     async def _unpack(self, body: Body, unpacker: Unpacker, intake: Intake, *, by_bare_id: bool) -> Acquired:
@@ -104,11 +106,12 @@ class ArchiveSource:
 class _Signing:
     """The archive's current URL, signed again once for all spans that need it."""
 
-    def __init__(self, signer: Signer, transfer: Transfer, listed_id: str, url: SignedUrl) -> None:
+    def __init__(self, signer: Signer, transfer: Transfer, listed_id: str, url: SignedUrl, *, by_bare_id: bool) -> None:
         self._signer = signer
         self._transfer = transfer
         self._listed_id = listed_id
         self._current = url
+        self._by_bare_id = by_bare_id
         self._turn = asyncio.Lock()
 
     async def url(self, refused: SignedUrl | None) -> SignedUrl:
@@ -116,7 +119,8 @@ class _Signing:
         async with self._turn:
             if self._current == refused:
                 async with self._signer.archive(self._transfer.path, self._listed_id) as signed:
-                    if signed.url is None or signed.url.scheme == "file":
+                    another_way = signed.by_bare_id != self._by_bare_id  # which can be the other type's
+                    if signed.url is None or signed.url.scheme == "file" or another_way:
                         message = "the service hands the archive out in another way than before"
                         raise StorageTrouble(message)
                     self._current = signed.url

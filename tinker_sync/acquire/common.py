@@ -92,9 +92,11 @@ async def replay(staged: StagedObject, intake: Intake, sink: Callable[[bytes], N
     pieces = staged.replay()
 
     def some() -> bool:
-        piece = list(islice(pieces, _REPLAYED_AT_ONCE))
-        _feed(sink, piece)
-        return bool(piece)
+        fed = False
+        for piece in islice(pieces, _REPLAYED_AT_ONCE):
+            sink(piece)
+            fed = True
+        return fed
 
     while await intake.run(some):
         pass

@@ -44,6 +44,8 @@ _REAL_PROGRESS: Final = 64 * 1024
 """Bytes of one answer after which a cut is no reason to wait or to give up."""
 _PATIENCE: Final = 4
 """How many times in a row one span may bring nothing; a stall counts as three."""
+_PAUSE: Final = 0.05
+"""Seconds before a span that was cut twice is asked for again."""
 _DISTRUST: Final = 3600.0
 _REFUSED: Final = frozenset({400, 401, 403})
 """How storages say that a signed URL has expired."""
@@ -179,6 +181,7 @@ class Download:
         self._total = 0
         self._received = 0
         """Bytes that came, over all connections."""
+        self._bug: BaseException | None = None
         self._changed = asyncio.Event()
         self._opened = AsyncExitStack()
         """The first answer, while it is read."""
@@ -200,7 +203,7 @@ class Download:
         piece = _Piece(0, None, ahead=False)
         if span is None:
             self.headers, self.ends_itself = body.headers, body.ends_itself
-        elif start is not None and (start.offset, start.validator) == (self._total, self.validator):
+        elif start is not None and start == Start(self._total, self.validator or "", self._total):
             self.begins = self._next = self._total
             try:
                 await self._opened.aclose()
@@ -212,7 +215,7 @@ class Download:
             piece = _Piece(span.first, span.end, ahead=False)
         self._fill_piece(piece, self._go_on_with(piece, body))
         if span is not None and span.end < self._total:
-            self._start(self._fetch_ahead())
+            self._start(self._fetch_ahead()).add_done_callback(self._note_end)
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """The bytes in order. Raises what ended a span before its end, after what came of it."""
@@ -252,8 +255,15 @@ class Download:
         """Whether something is on its way already that comes before the next span."""
         return any(not piece.over for piece in self._pieces)
 
+    def _note_end(self, task: asyncio.Task[None]) -> None:
+        """Nobody waits for spans that will not be begun."""
+        self._bug = None if task.cancelled() else task.exception()
+        self._changed.set()
+
     async def _head(self) -> _Piece | None:
         while not self._pieces:
+            if self._bug is not None:
+                raise self._bug
             if self._next is None or self._next >= self._total:
                 return None
             self._changed.clear()
@@ -264,7 +274,7 @@ class Download:
         """Fill it in a task of its own, to which the connection that was taken belongs."""
 
         def ended(task: asyncio.Task[None]) -> None:
-            piece.finish(None if task.cancelled() else task.exception())
+            piece.finish(StorageTrouble("the download was stopped") if task.cancelled() else task.exception())
             self._lanes.connections.give()
             self._lanes.ahead.look_again()
 
@@ -309,6 +319,7 @@ class Download:
         while True:
             url = self._url = self._url or await self._sign(None)
             spans = spans and self._downloader.trusts(url.host)
+            start = start if spans else None
             asked = None if not spans else self._first_span() if start is None else start.span()
             opening = self._storage.open(url, asked, None if start is None else start.validator)
             try:
@@ -322,15 +333,15 @@ class Download:
                 fresh = False
                 await self._sign_again(url, trouble)
                 continue
-            if body.status == 200:
+            if body.status == 200 and start is None:
                 return body, None
-            span = self._understand(body, asked, start)
+            span = None if body.status == 200 else self._understand(body, asked, start)
             if span is not None:
                 return body, span
             await self._opened.aclose()
             if start is None:
                 self._downloader.distrust(url.host)
-            start = None
+            start = None  # another object: from its first byte
 
     def _first_span(self) -> Span:
         return Span(0, FIRST if self._lanes.connections.free > 0 else LONG)
@@ -411,7 +422,11 @@ class Download:
     async def _receive(self, piece: _Piece, body: Body) -> None:
         async for chunk in body.chunks():
             if piece.end is not None and piece.position + len(chunk) > piece.end:
-                message = "an answer is longer than the span that was asked for"
+                if self._url is not None:
+                    self._downloader.distrust(self._url.host)
+                message = (
+                    "an answer is longer than the span that was asked for: it is fetched anew, over one connection"
+                )
                 raise _Mixed(message)
             self._received += len(chunk)
             await piece.put(chunk)
@@ -433,6 +448,7 @@ class _Failures:
         self._received = received
         self._before = received()
         self._count = 0
+        self._cuts = 0
 
     async def consider(self, trouble: StorageTrouble, *, progress: int) -> None:
         """Wait, where another request can help. Raises the trouble where none does."""
@@ -443,6 +459,9 @@ class _Failures:
         before, self._before = self._before, self._received()
         if progress >= _REAL_PROGRESS:
             self._count = 0
+            self._cuts += 1
+            if self._cuts > 1:
+                await self._clock.sleep(_PAUSE)
             return
         self._count += 3 if trouble.stalled else 1
         if self._before - before >= _REAL_PROGRESS:

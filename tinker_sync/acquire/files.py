@@ -70,7 +70,11 @@ class FilesSource:
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(one(key, path)) for key, path in paths.items()]
         except BaseExceptionGroup as several:
-            raise several.exceptions[0] from None
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():  # a group that ends already swallows that
+                raise asyncio.CancelledError from None
+            serious = [error for error in several.exceptions if not isinstance(error, StorageTrouble)]
+            raise (serious or several.exceptions)[0] from None
         return Acquired([task.result() for task in tasks], defects, "files", claims)
 
     async def _fetch(
@@ -111,6 +115,8 @@ class FilesSource:
             raise StorageTrouble(message)
         zipped = encoding == "gzip"
         staged = await intake.run(partial(stage.stage_object, f"{_SOURCE}:{path}", body.validator, claim))
+        if odd:
+            staged.cannot_resume("the storage's digests contradict each other")
         if zipped:
             staged.cannot_resume(f"{path} comes as gzip, which cannot be gone on with in the middle")
         writer = await intake.run(partial(staged.write, path, None if zipped else claim.length))

@@ -180,6 +180,8 @@ class Unpacker:
                     if self._writer is not None:
                         self._writer.write(piece)
                 case FileBegins(path, size):
+                    if tar.defects:  # files are passed over from here on: a note would have a hole
+                        self._staged.cannot_resume("its archive is defective")
                     self._writer = None if tar.defects else self._staged.write(path, size)
                 case FileEnds():
                     if self._writer is not None:

@@ -158,6 +158,7 @@ class HashingWriter:
         self._size = 0
         self._unflushed = 0
         self._flushing: Future[None] | None = None
+        self._failed = False
         self._head = bytearray()
         self.durable: Durable | None = kept
         """What is on the device for certain."""
@@ -166,11 +167,15 @@ class HashingWriter:
         flags = os.O_CREAT | os.O_EXCL if kept is None else 0
         with disk_errors("cannot create", target):
             self._descriptor = os.open(target, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW | flags, mode)
-            if kept is not None or mode & _OTHERS:
-                os.fchmod(self._descriptor, mode)
-            if kept is not None:
-                os.ftruncate(self._descriptor, kept.size)
-                os.lseek(self._descriptor, 0, os.SEEK_END)
+            try:
+                if kept is not None or mode & _OTHERS:
+                    os.fchmod(self._descriptor, mode)
+                if kept is not None:
+                    os.ftruncate(self._descriptor, kept.size)
+                    os.lseek(self._descriptor, 0, os.SEEK_END)
+            except OSError:
+                os.close(self._descriptor)
+                raise
 
     def write(self, data: bytes | memoryview) -> None:
         """Append. Raises NoSpace, DiskTrouble."""
@@ -201,7 +206,9 @@ class HashingWriter:
     @property
     def failed(self) -> bool:
         """Whether something could not be made durable; waits for what is under way."""
-        return self._flushing is not None and self._flushing.exception() is not None
+        if self._flushing is not None:
+            wait([self._flushing])
+        return self._failed
 
     def discard(self) -> None:
         """Close without keeping promises; harmless when closed already."""
@@ -221,16 +228,20 @@ class HashingWriter:
             self._flushing = self._flusher.submit(self._make_durable, reached, written, last=last)
 
     def _make_durable(self, reached: Durable, written: int, *, last: bool) -> None:
-        with disk_errors("cannot flush", self._target):
-            (os.fsync if last else os.fdatasync)(self._descriptor)
-            if self._size >= _QUICK:
-                os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        self._space.written(written)
-        self.durable, self.is_durable = reached, last
-        if last:
-            os.close(self._descriptor)
-            self._descriptor = -1
-        self._flushed(written)
+        try:
+            with disk_errors("cannot flush", self._target):
+                (os.fsync if last else os.fdatasync)(self._descriptor)
+                if self._size >= _QUICK:
+                    os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+                if last:
+                    descriptor, self._descriptor = self._descriptor, -1
+                    os.close(descriptor)
+            self._space.written(written)
+            self.durable, self.is_durable = reached, last
+            self._flushed(written)
+        except BaseException:
+            self._failed = True
+            raise
 
     def _keep_head(self, data: bytes | memoryview) -> None:
         size = self._declared if self._declared is not None else 1 << 62

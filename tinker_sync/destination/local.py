@@ -87,6 +87,16 @@ class Custody:
     """Hears (entry, `keep_superseded`) of what went into the trash, and (entry, `min_free`) of what left it."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    """A stage that a later attempt can go on with."""
+
+    home: Path
+    noted_at: datetime
+    kept: int
+    """Bytes."""
+
+
 class LocalTree:
     """A `Destination`. Thread-safe: stages are independent, the final renames take turns."""
 
@@ -103,8 +113,7 @@ class LocalTree:
         self.root = root
         self.flusher = flusher or ThreadPoolExecutor(_FLUSHES, thread_name_prefix="flush")
         """Where files are made durable while others are written; starts no thread before the first."""
-        self._interrupted: dict[TinkerPath, tuple[Path, datetime]] = {}
-        """Stages that a later attempt can go on with, and when that was noted last."""
+        self._interrupted: dict[TinkerPath, _Waiting] = {}
         self._options = options
         self._space = space
         self.now = now
@@ -146,9 +155,10 @@ class LocalTree:
     def resume_stage(self, identity: Identity, source: str, expected_bytes: int | None) -> Interrupted | None:
         """What an earlier attempt at this very object left, by that source. Raises NoSpace, DiskTrouble."""
         self.check()
-        home, _ = self._interrupted.pop(identity.path, (None, None))
-        if home is None:
+        waiting = self._interrupted.pop(identity.path, None)
+        if waiting is None:
             return None
+        home = waiting.home
         note = read_note(home)
         if note is None or note.reason or not note.identity.matches(identity) or not note.is_of(source):
             _remove_tree(home)
@@ -174,16 +184,16 @@ class LocalTree:
             return
         if note.reason:  # the next attempt says so; the bytes are of no use
             _remove_tree(home / _PAYLOAD)
-        before, _ = self._interrupted.get(note.identity.path, (home, None))
-        if before != home:
-            _remove_tree(before)
-        self._interrupted[note.identity.path] = (home, note.noted_at)
+        before = self._interrupted.get(note.identity.path)
+        if before is not None and before.home != home:
+            _remove_tree(before.home)
+        self._interrupted[note.identity.path] = _Waiting(home, note.noted_at, note.kept)
 
     def _forget_old_stages(self) -> None:
         """What nobody came back for is gone upstream by now."""
-        for path, (home, noted_at) in list(self._interrupted.items()):
-            if self.now() - noted_at > _INTERRUPTED_LIVE and self._interrupted.pop(path, None) is not None:
-                _remove_tree(home)
+        for path, found in list(self._interrupted.items()):
+            if self.now() - found.noted_at > _INTERRUPTED_LIVE:
+                self._forget(path)
 
     def check(self) -> None:
         """Whether the root is the directory that was opened. Raises DiskTrouble: what is below it now is not the mirror."""
@@ -207,10 +217,16 @@ class LocalTree:
         return self._space.fits(size)
 
     def _reclaim(self, missing: int) -> bool:
-        """Before a transfer is refused for space, the trash is emptied, oldest first; not when that cannot help."""
+        """Before a transfer is refused for space, the trash is emptied, oldest first; not when that cannot help.
+
+        Then downloads that wait for their next attempt give their space to one that runs.
+        """
         with self._emptying:
             there = [item for item in self.trashed() if not self._custody.keeps(item)]
-            if not there or sum(item.total_bytes for item in there) < missing:
+            waiting = sum(found.kept for found in list(self._interrupted.values()))
+            if sum(item.total_bytes for item in there) + waiting < missing:
+                return False
+            if not there:
                 return self._reclaim_interrupted()
             try:
                 self.empty(there[0].entry)
@@ -220,13 +236,15 @@ class LocalTree:
             return True
 
     def _reclaim_interrupted(self) -> bool:
-        """A download that waits for its next attempt gives its space to one that runs: whether there was one."""
-        try:
-            _, (home, _) = self._interrupted.popitem()
-        except KeyError:
-            return False
-        _remove_tree(home)
-        return True
+        """Remove the one that waits longest: whether there was one."""
+        oldest = min(list(self._interrupted.items()), key=lambda item: item[1].noted_at, default=None)
+        return oldest is not None and self._forget(oldest[0])
+
+    def _forget(self, path: TinkerPath) -> bool:
+        found = self._interrupted.pop(path, None)
+        if found is not None:
+            _remove_tree(found.home)
+        return found is not None
 
     def recover(self) -> list[Committed]:
         """Put right what a dead process left: finish whole stages, keep what can be gone on with. Needs the lock.
@@ -239,7 +257,9 @@ class LocalTree:
                 base = _whole_stage(home)
                 if base is not None:
                     manifest, _ = read_manifest(base)
-                    with suppress(TransferFailed):
+                    with suppress(TransferFailed), disk_errors("cannot flush", base):
+                        _fsync_directories(base)  # its process may have died before it did
+                        fsync_directory(home)
                         committed.append(self.place(base, manifest, home, repairs=True))
                     _remove_tree(home)
                 else:
@@ -715,6 +735,7 @@ class LocalStage:
                 raise DiskTrouble(message) from error
             kept = {self.payload.joinpath(*path.parts) for found in objects for path in found.files()}
             for directory, below, names in os.walk(self.payload):
+                os.chmod(directory, self._tree.options.dir_mode)  # as configured now
                 for path in (Path(directory, name) for name in (*below, *names)):
                     if path.is_symlink() or not (path.is_dir() or path in kept):
                         path.unlink()

@@ -15,7 +15,7 @@ import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-from tinker_sync.destination.files import Durable, disk_errors
+from tinker_sync.destination.files import FLUSH_EVERY, Durable, disk_errors, read_small
 from tinker_sync.errors import DiskTrouble
 from tinker_sync.model.checkpoint import Identity
 from tinker_sync.model.evidence import Claim
@@ -47,20 +47,24 @@ class _Part:
     writer: HashingWriter | None = None
     durable: Durable | None = None
     """Of a file, what an earlier attempt left."""
+    noted_whole: bool = True
+    """Whether that was noted to be all of it."""
 
-    def as_json(self) -> dict[str, Any] | None:
+    def as_json(self, *, whole: bool) -> dict[str, Any] | None:
         """None where nothing of a file is durable yet."""
         if self.path is None:
             return {"framing": base64.b64encode(bytes(self.framing)).decode()}
         durable = self.writer.durable if self.writer is not None else self.durable
         if durable is None:
             return None
-        return {"file": str(self.path), "bytes": durable.size, "sha256": durable.sha256}
+        return {"file": str(self.path), "bytes": durable.size, "sha256": durable.sha256, "whole": whole}
 
     @property
     def whole(self) -> bool:
         """Whether everything that will be in it is durable."""
-        return self.path is None or (self.writer is not None and self.writer.is_durable)
+        if self.path is None or self.writer is None:
+            return self.noted_whole
+        return self.writer.is_durable
 
 
 class StagedObject:
@@ -124,12 +128,15 @@ class StagedObject:
             descriptor = os.open(target, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
             try:
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)  # what the page cache holds proves nothing
                 while left and (piece := os.read(descriptor, min(_PIECE, left))):
                     left -= len(piece)
                     digest.update(piece)
                     if not left and digest.hexdigest() != durable.sha256:
                         break
                     yield piece
+                    if left % FLUSH_EVERY < _PIECE:
+                        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             finally:
                 os.close(descriptor)
@@ -152,11 +159,11 @@ class StagedObject:
         parts = []
         for part in list(self._parts) or self._kept:
             whole = part.whole  # before what is durable: a flush can end between the two
-            noted = None if self.reason else part.as_json()
+            noted = None if self.reason else part.as_json(whole=whole)
             if noted is None:
                 break
             parts.append(noted)
-            if not whole and self._parts:
+            if not whole:
                 break
         return {
             "key": self.key,
@@ -172,11 +179,18 @@ class StagedObject:
         made = cls(stage, str(document["key"]), document["validator"], Claim.from_json(document["claim"]))
         made.reason = str(document["starts_over"])
         for part in document["parts"]:
+            if made._kept and not made._kept[-1].noted_whole:
+                message = "something follows a file that is not whole"
+                raise ValueError(message)
             if "framing" in part:
                 made._kept.append(_Part(bytearray(base64.b64decode(part["framing"]))))
             else:
                 durable = Durable(int(part["bytes"]), str(part["sha256"]))
-                made._kept.append(_Part(path=PayloadPath.parse(part["file"]), durable=durable))
+                if durable.size < 0:
+                    message = "a file of negative size"
+                    raise ValueError(message)
+                path = PayloadPath.parse(part["file"])
+                made._kept.append(_Part(path=path, durable=durable, noted_whole=part["whole"] is True))
         return made
 
 
@@ -220,7 +234,7 @@ def read_note(home: Path) -> Note | None:
     try:
         if (home / PROGRESS_FILE).stat().st_size > _MOST_NOTE:
             return None
-        document = json.loads((home / PROGRESS_FILE).read_bytes())
+        document = json.loads(read_small(home / PROGRESS_FILE))
         if document["format"] != _FORMAT:
             return None
         identity = Identity(
