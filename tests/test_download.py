@@ -445,7 +445,8 @@ async def test_a_bug_in_a_span_ends_the_download() -> None:
 
         store.spoil = lambda number, _, answer: answer.update(status=403, body=b"") if number > 4 else None
         with pytest.raises(KeyError):
-            await asyncio.wait_for(fetch(downloader, broken), 10)
+            async with asyncio.timeout(10):
+                await fetch(downloader, broken)
 
 
 async def test_turns_go_to_who_ranks_first() -> None:

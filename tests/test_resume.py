@@ -100,7 +100,8 @@ async def interrupt(site: Site, after: int) -> None:
     """A pass that is cancelled after so many bytes, as SIGTERM does."""
     reached = asyncio.Event()
     task = asyncio.create_task(site.sync(After(after, reached.set)))
-    await asyncio.wait_for(reached.wait(), 20)
+    async with asyncio.timeout(20):
+        await reached.wait()
     task.cancel()
     await asyncio.wait([task])
 

@@ -643,3 +643,18 @@ async def test_a_catalog_that_is_damaged_ends_it() -> None:
     with pytest.raises(CatalogDamaged):
         await service._poll_on(None)  # type: ignore[arg-type]
     assert said == []
+
+
+@pytest.mark.parametrize("steps", range(6))
+async def test_a_stop_is_never_lost(steps: int) -> None:
+    """However close it comes to the news that a loop waits for; a service that was ended as it started went on."""
+    service = object.__new__(Service)
+    service._news, service._parts = asyncio.Event(), SimpleNamespace()  # type: ignore[assignment] - it can tell nobody
+    loop = asyncio.create_task(service._alarm_on())
+    await asyncio.sleep(0)
+    service._news.set()
+    for _ in range(steps):
+        await asyncio.sleep(0)
+    loop.cancel()
+    await asyncio.wait([loop], timeout=3)
+    assert loop.cancelled()

@@ -194,7 +194,8 @@ class Credentials:
                 with suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)  # the shell's children hold the pipe
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(process.wait(), 5)
+                    async with asyncio.timeout(5):
+                        await process.wait()
         if process.returncode != 0:
             message = f"the credential command failed with exit code {process.returncode}: try it in a shell"
             raise CredentialMissing(message)

@@ -226,7 +226,8 @@ class Service:
         before = await asyncio.to_thread(self._parts.credentials.stamp) if for_credential else None
         while (left := ends - self._loop.time()) > 0 and not self._wake.is_set():
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), min(left, CREDENTIAL_LOOK) if for_credential else left)
+                async with asyncio.timeout(min(left, CREDENTIAL_LOOK) if for_credential else left):
+                    await self._wake.wait()
             if for_credential and await asyncio.to_thread(self._parts.credentials.stamp) != before:
                 log.info("credential.changed")
                 self._parts.credentials.forget()
@@ -272,7 +273,8 @@ class Service:
         """What people should know of, and what is over. It waits for nobody, and hurts nobody when it cannot be told."""
         while True:
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._news.wait(), ALARM_LOOK)
+                async with asyncio.timeout(ALARM_LOOK):
+                    await self._news.wait()
             self._news.clear()
             now, parts = datetime.now(UTC), self._parts
             try:
