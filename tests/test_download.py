@@ -16,7 +16,7 @@ from tests.test_transport import serving
 from tinker_sync.acquire import download as module
 from tinker_sync.acquire.download import Downloader, Start
 from tinker_sync.acquire.lanes import AHEAD, Lanes, Turns
-from tinker_sync.errors import StorageTrouble
+from tinker_sync.errors import ObjectChanged, StorageTrouble
 from tinker_sync.integrity import headers_of_whole, served_span, strong_validator
 from tinker_sync.model.evidence import Span
 from tinker_sync.model.paths import SignedUrl
@@ -100,7 +100,7 @@ async def downloading(store: Store, **options: Any) -> AsyncIterator[tuple[Downl
 
 async def fetch(downloader: Downloader, sign: Any, start: Start | None = None, urgency: int = 1) -> tuple[int, bytes]:
     """Where it begins, and all the bytes."""
-    async with downloader.open(sign, urgency=urgency, start=start) as download:
+    async with downloader.open(sign, name="object", urgency=urgency, start=start) as download:
         return download.begins, b"".join([chunk async for chunk in download.chunks()])
 
 
@@ -207,6 +207,57 @@ async def test_an_object_that_changes_is_never_mixed(*, guarded: bool) -> None:
         assert await fetch(downloader, sign) == (0, store.body)
 
 
+async def test_an_etag_that_means_nothing_is_found_out() -> None:
+    """Another one with each answer: after the second change the object comes over one connection, others as ever."""
+    store = Store(some_bytes(20 * SEGMENT))
+    store.spoil = lambda number, _, answer: answer["headers"].update(ETag=f'"made-up-{number}"')
+    async with downloading(store) as (downloader, sign, _):
+        for _ in range(2):
+            with pytest.raises(ObjectChanged, match="changed while it was fetched"):
+                await fetch(downloader, sign)
+        assert await fetch(downloader, sign) == (0, store.body)
+        assert store.spans[-1] is None
+        assert downloader.trusts("another object")
+    assert not await still_there(store, Start(500, '"one"', len(store.body)))
+
+
+async def still_there(store: Store, start: Start) -> bool:
+    """What a look at the storage says."""
+    async with downloading(store) as (downloader, sign, _):
+        return await downloader.still_has(sign, start, name="object", urgency=1)
+
+
+async def test_one_byte_tells_whether_the_object_is_still_there() -> None:
+    """Before much is read of the disk in vain."""
+    store = Store(some_bytes(20 * SEGMENT))
+    assert await still_there(store, Start(5 * SEGMENT, '"one"', len(store.body)))
+    assert store.spans == [(len(store.body) - 1, len(store.body))]
+    assert not await still_there(store, Start(5 * SEGMENT, '"two"', len(store.body)))
+    assert not await still_there(store, Start(5 * SEGMENT, '"one"', len(store.body) - 1))
+    store.spoil = lambda number, _, answer: answer.update(status=503, body=b"")
+    with pytest.raises(StorageTrouble, match="503"):
+        await still_there(store, Start(5 * SEGMENT, '"one"', len(store.body)))
+
+
+async def test_a_url_that_is_refused_whatever_is_signed_is_given_up() -> None:
+    """Also while others of the object go on: it is not asked for without end."""
+    store = Store(some_bytes(150 * SEGMENT))
+    refused = 0
+
+    def refuse_one(_: int, request: web.Request, answer: dict[str, Any]) -> None:
+        nonlocal refused
+        answer["wait"] = 0.1
+        if request.http_range.start == 5 * SEGMENT:
+            refused += 1
+            answer.update(status=403, body=b"", wait=0)
+
+    store.spoil = refuse_one
+    async with downloading(store, connections=2) as (downloader, sign, _):
+        with pytest.raises(StorageTrouble, match="403"):
+            await fetch(downloader, sign)
+    assert refused < 10
+
+
 async def test_a_cut_costs_what_was_missing_of_one_span() -> None:
     """Every answer but each third is cut in its middle: no byte that came is asked for again."""
     store = Store(some_bytes(30 * SEGMENT + 5))
@@ -234,7 +285,7 @@ async def test_a_storage_that_brings_nothing_more_is_given_up() -> None:
     came: list[bytes] = []
 
     async def read() -> None:
-        async with downloader.open(sign, urgency=1) as download:
+        async with downloader.open(sign, name="object", urgency=1) as download:
             async for chunk in download.chunks():
                 came.append(chunk)  # noqa: PERF401 - what came before the error counts
 
@@ -408,8 +459,8 @@ async def test_a_consumer_that_waits_fills_no_memory() -> None:
     store = Store(some_bytes(200 * SEGMENT))
     async with (
         downloading(store, connections=16) as (downloader, sign, _),
-        downloader.open(sign, urgency=1) as one,
-        downloader.open(sign, urgency=1) as two,
+        downloader.open(sign, name="object", urgency=1) as one,
+        downloader.open(sign, name="object", urgency=1) as two,
     ):
         await asyncio.sleep(0.5)
         waiting = sum(piece.buffered for download in (one, two) for piece in download._pieces)

@@ -17,7 +17,9 @@ import tarfile
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
+from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -34,11 +36,12 @@ from tinker_sync.acquire.tar import Limits
 from tinker_sync.acquire.unpack import Unpacker
 from tinker_sync.api.account import SignedArchive
 from tinker_sync.destination import files as durable
-from tinker_sync.destination import local
+from tinker_sync.destination import local, progress
 from tinker_sync.errors import DiskTrouble, NoSpace, StorageTrouble
 from tinker_sync.model.checkpoint import Identity
 from tinker_sync.model.evidence import Claim
 from tinker_sync.model.manifest import FileEntry
+from tinker_sync.model.moments import rfc3339
 from tinker_sync.model.paths import PayloadPath, SignedUrl, TinkerPath
 from tinker_sync.model.work import Transfer
 from tinker_sync.sandbox import Fault, Payload, adapter
@@ -46,7 +49,7 @@ from tinker_sync.sandbox.adapters import PayloadFile, safetensors
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
-    from pathlib import Path
+
 
 RUN = "39aa5eb2-e234-5a95-ab68-896e4cac8c45:train:0"
 SIZE = 3_000_000
@@ -104,6 +107,17 @@ async def interrupt(site: Site, after: int) -> None:
         await reached.wait()
     task.cancel()
     await asyncio.wait([task])
+
+
+def edit_note(home: Path, change: Callable[[dict[str, Any]], object], *, seal: bool = True) -> None:
+    """Change a note; sealed anew, as nobody but a program would."""
+    path = home / "progress.json"
+    note = json.loads(path.read_text())
+    change(note)
+    if seal:
+        note.pop("note_sha256")
+        note["note_sha256"] = progress._digest(note)
+    path.write_text(json.dumps(note))
 
 
 def first_bytes(site: Site) -> list[int]:
@@ -188,7 +202,48 @@ async def test_another_object_is_fetched_from_its_first_byte(
 
 
 @pytest.mark.usefixtures("_often")
-@pytest.mark.parametrize("harm", ["flip", "short", "gone", "note", "lie"])
+async def test_what_is_overwritten_while_it_is_copied_never_stands_under_the_old_time(site: Site) -> None:
+    """The new one is copied in the same pass, as itself; the old one, of which only a part came, is nowhere."""
+    made = site.sandbox.account.add(RUN, "big", payload=training(), time=NOW)
+    fresh = training(seed=2)
+    later = NOW + timedelta(minutes=5)
+
+    def overwrite() -> None:
+        made.payload, made.time = fresh, later  # behind the same URLs
+
+    site.transfer = {"bandwidth": 10_000_000, "stall_timeout": "5s"}
+    result = await site.sync(After(1_500_000, overwrite))
+    (path,) = result.transferred
+    assert (result.failed, result.skipped) == ({}, {})
+    assert site.payload(path) == expected(fresh)
+    manifest = json.loads((site.directory(path) / ".tinker-sync.json").read_text())
+    assert manifest["time"] == rfc3339(later)
+    assert [found.name for found in site.directory(path).parent.iterdir()] == ["big"]
+    assert site.staging() == []
+
+
+@pytest.mark.usefixtures("_often")
+async def test_nothing_is_read_again_before_the_storage_answers(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A storage that is down costs one request for each attempt, and what was kept stays."""
+    made = site.sandbox.account.add(RUN, "big", payload=training())
+    site.transfer = {"bandwidth": 3_000_000, "stall_timeout": "5s"}
+    await interrupt(site, 2_500_000)
+    site.transfer = {}
+    read: list[object] = []
+    replay_file = progress.StagedObject._replay_file
+    monkeypatch.setattr(progress.StagedObject, "_replay_file", lambda *given: read.append(given) or replay_file(*given))
+    site.sandbox.faults.append(Fault("storage", "status", status=503))
+    assert (await site.sync()).failed
+    assert not read
+    site.sandbox.faults.clear()
+    async with site.opened() as mirror:
+        result = await mirror.fetch([made.path])  # whatever the back-off says
+    assert result.transferred == [made.path]
+    assert read
+
+
+@pytest.mark.usefixtures("_often")
+@pytest.mark.parametrize("harm", ["flip", "short", "gone", "note", "lie", "bit of the note"])
 async def test_what_was_kept_is_read_before_it_is_believed(site: Site, harm: str) -> None:
     """A flipped bit, a lost tail, a lost file, a note that is none: it starts over, and is right."""
     payload = training()
@@ -198,7 +253,6 @@ async def test_what_was_kept_is_read_before_it_is_believed(site: Site, harm: str
     site.transfer = {}
     (home,) = site.staging()
     weights = home / "payload" / "adapter_model.safetensors"
-    note = json.loads((home / "progress.json").read_text())
     if harm == "flip":
         content = bytearray(weights.read_bytes())
         content[100_000] ^= 1
@@ -209,16 +263,25 @@ async def test_what_was_kept_is_read_before_it_is_believed(site: Site, harm: str
         weights.unlink()
     elif harm == "note":
         (home / "progress.json").write_bytes(b'{"format": 1, "objects": [{}]}')
+    elif harm == "lie":
+        edit_note(home, lambda note: note["objects"][0]["parts"].insert(0, {"framing": "AAAA"}))
     else:
-        note["objects"][0]["parts"] = [{"framing": "AAAA"}, *note["objects"][0]["parts"]]
-        (home / "progress.json").write_text(json.dumps(note))
+
+        def flip(note: dict[str, Any]) -> None:
+            (header, *_) = note["objects"][0]["parts"]
+            framing = bytearray(base64.b64decode(header["framing"]))
+            framing[-1] ^= 1  # padding, which nothing else would notice
+            header["framing"] = base64.b64encode(framing).decode()
+
+        edit_note(home, flip, seal=False)
     assert (await site.sync()).transferred == [made.path]
     assert site.payload(made.path) == expected(payload)
     assert site.staging() == []
 
 
 @pytest.mark.usefixtures("_often")
-async def test_a_note_cannot_write_elsewhere(site: Site) -> None:
+@pytest.mark.parametrize("how", ["link", "dots"])
+async def test_a_note_cannot_write_elsewhere(site: Site, how: str) -> None:
     """What stands in a stage is no more trusted than an archive."""
     made = site.sandbox.account.add(RUN, "big", payload=training())
     site.transfer = {"bandwidth": 3_000_000, "stall_timeout": "5s"}
@@ -228,9 +291,13 @@ async def test_a_note_cannot_write_elsewhere(site: Site) -> None:
     victim = site.home / "victim"
     victim.write_text("mine")
     (home / "payload" / "link").symlink_to(site.home)
-    note = json.loads((home / "progress.json").read_text())
-    note["objects"][0]["parts"].append({"file": "../../../../victim", "bytes": 4, "sha256": "0"})
-    (home / "progress.json").write_text(json.dumps(note))
+
+    def point_elsewhere(note: dict[str, Any]) -> None:
+        parts = note["objects"][0]["parts"]
+        name = "link/victim" if how == "link" else "../../../../victim"
+        parts[-1] = {"file": name, "bytes": 4, "sha256": hashlib.sha256(b"mine").hexdigest(), "whole": False}
+
+    edit_note(home, point_elsewhere)
     assert (await site.sync()).transferred == [made.path]
     assert victim.read_text() == "mine"
 
@@ -395,26 +462,78 @@ def test_a_note_that_is_none_stops_no_start(tmp_path: Path, lack: str) -> None:
     begun(tree)[0].suspend()
     (home,) = tree.area("staging").iterdir()
     path = home / "progress.json"
-    note = json.loads(path.read_text())
-    found = note["objects"][0]
-    if lack in found:
-        del found[lack]
-    elif lack in note:
-        del note[lack]
-    elif lack == "link":
+
+    def damage(note: dict[str, Any]) -> None:
+        found = note["objects"][0]
+        if lack in found:
+            del found[lack]
+        elif lack in note:
+            del note[lack]
+        elif lack == "hole":
+            found["parts"].append({"framing": "AAAA"})
+        else:
+            found["parts"][-1]["bytes"] = -5
+
+    if lack == "link":
         path.rename(tmp_path / "elsewhere")
         path.symlink_to(tmp_path / "elsewhere")
-    elif lack == "hole":
-        found["parts"].append({"framing": "AAAA"})
     else:
-        found["parts"][-1]["bytes"] = -5
-    if lack != "link":
-        path.write_text(json.dumps(note))
+        edit_note(home, damage)
     again = make_tree(tmp_path)
     again.recover()
     found = again.resume_stage(OBJECT, "archive", None)
     assert found is None or found.stage is None
     assert list(again.area("staging").iterdir()) == []
+
+
+@pytest.mark.usefixtures("_tiny")
+def test_a_note_of_too_many_files_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that is written down is too large to be read: it starts over, with the reason."""
+    monkeypatch.setattr(progress, "_MOST_NOTE", 1500)
+    tree = make_tree(tmp_path)
+    stage, staged = begun(tree)
+    stage._writers[0].close()
+    stage._writers[0].settle()
+    for number in range(20):
+        writer = staged.write(PayloadPath.parse(f"file-{number}"))
+        writer.write(b"y" * 1500)
+        writer.close()
+        writer.settle()
+    stage.suspend()
+    found = tree.resume_stage(OBJECT, "archive", None)
+    assert found is not None
+    assert "so many files" in found.reason
+
+
+def test_few_descriptors_are_open_however_many_files_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that is slow holds up the files, and not the descriptors of the process."""
+    monkeypatch.setattr(durable, "_QUICK", 0)
+    tree = make_tree(tmp_path)
+    slow = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (time.sleep(0.005), slow(descriptor)))
+    stage = tree.open_stage(OBJECT, None)
+    before, most = len(list(Path("/proc/self/fd").iterdir())), 0
+    for number in range(100):
+        writer = stage.write(PayloadPath.parse(f"file-{number}"))
+        writer.write(b"y")
+        writer.close()
+        most = max(most, len(list(Path("/proc/self/fd").iterdir())) - before)
+    assert most <= local._UNSETTLED + 2
+    stage.abort()
+
+
+@pytest.mark.usefixtures("_tiny")
+def test_leftovers_make_room_for_what_is_gone_on_with(tmp_path: Path) -> None:
+    """What is not noted goes before the rest is reserved."""
+    tree = make_tree(tmp_path)
+    stage, _ = begun(tree)
+    (stage.payload / "leftover").write_bytes(b"z" * 5000)
+    stage.suspend()
+    tree._space._free = lambda _: 2000 if list(tree.area("staging").rglob("leftover")) else 7000
+    found = tree.resume_stage(OBJECT, "archive", 9000)
+    assert found is not None
+    assert found.stage is not None
+    found.stage.abort()
 
 
 @pytest.mark.usefixtures("_tiny")

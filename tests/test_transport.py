@@ -240,6 +240,34 @@ async def test_a_reset_is_not_the_end_of_a_body_without_length() -> None:
             await body_of(storage, f"{origin}/reset")
 
 
+async def test_a_reset_behind_the_end_is_nothing() -> None:
+    """All that was promised is here: how the server hangs up does not matter."""
+    import socket
+    import struct
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        transport = request.transport
+        assert transport is not None
+        ends = (
+            b"Transfer-Encoding: chunked\r\n\r\n3e8\r\n"
+            if request.path == "/chunked"
+            else b"Content-Length: 1000\r\n\r\n"
+        )
+        rest = b"\r\n0\r\n\r\n" if request.path == "/chunked" else b""
+        transport.write(b"HTTP/1.1 200 OK\r\n" + ends + b"x" * 1000 + rest)
+        await asyncio.sleep(0.05)
+        raw = transport.get_extra_info("socket")
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        transport.abort()
+        return web.Response()
+
+    async with serving(handler) as origin, StorageTransport() as storage:
+        for path in ("length", "chunked"):
+            async with storage.open(SignedUrl(f"{origin}/{path}")) as body:
+                await asyncio.sleep(0.2)  # the reset is here before the last byte is read
+                assert b"".join([chunk async for chunk in body.chunks()]) == b"x" * 1000
+
+
 async def test_ten_thousand_cancelled_requests_leave_a_healthy_pool() -> None:
     """Deadlines, stalls and reloads all cancel: afterwards a pool of 8 still gives 8 answers."""
 

@@ -169,6 +169,10 @@ class StorageTrouble(TransferFailed):
         self.stalled = stalled
 
 
+class ObjectChanged(StorageTrouble):
+    """The storage has another object under that URL than it had at the beginning: what came is of no use."""
+
+
 class Defective(TransferFailed):
     """The bytes are not what was promised. `defects` has all that was found, never just the first.
 

@@ -30,6 +30,7 @@ from tinker_sync.errors import (
     NoSpace,
     NotFound,
     NotServed,
+    ObjectChanged,
     Overloaded,
     RequestRefused,
     ServiceTrouble,
@@ -562,6 +563,7 @@ class Mirror:
     async def _poll(self) -> None:
         found = await self._survey()
         known = await self._index(self._catalog.known_of_missing)
+        await asyncio.to_thread(self._destination.forget_old_stages)
         self._note_listing(found)
         await self._note_lost()
         shown = {checkpoint.path: checkpoint for checkpoint in found.checkpoints}
@@ -817,6 +819,8 @@ class Mirror:
             self._queue.done(transfer)
             await self._not_served(transfer, error)
         else:
+            if isinstance(error, ObjectChanged) and await self._is_another_now(transfer):
+                return
             effort.attempts += 1
             if isinstance(error, NoSpace):
                 self._full = True
@@ -904,13 +908,32 @@ class Mirror:
         log.warning("transfer.not_served", checkpoint=str(path), status=error.status)
 
     async def _is_gone(self, transfer: Transfer) -> bool:
+        rows = await self._look(transfer)
+        return rows is not None and all(row.path != transfer.path for row in rows)
+
+    async def _look(self, transfer: Transfer) -> Sequence[Checkpoint] | None:
+        """Its run as it is now; None where that cannot be told."""
         try:
-            rows = await self._account.look(transfer.path.run_id)
+            return await self._account.look(transfer.path.run_id)
         except NotFound:
-            return True
+            return ()
         except TinkerSyncError:
+            return None
+
+    async def _is_another_now(self, transfer: Transfer) -> bool:
+        """Whether it was overwritten while it was copied: then what is there now is copied in its stead."""
+        row = next((row for row in await self._look(transfer) or () if row.path == transfer.path), None)
+        if row is None or row.identity.matches(transfer.identity):
             return False
-        return all(row.path != transfer.path for row in rows)
+        self._queue.done(transfer)
+        self._efforts.pop(transfer.path, None)
+        self._over(transfer.path, "skipped", "it was overwritten while it was copied", 0)
+        self._rows = self._rows | {row.path: row}
+        known = await self._index(self._catalog.known)
+        plan = plan_transfers([row], known, self._settings.selection, now=self._clock.now())
+        self._offer([*self._queue.pending(), *plan.transfers])
+        log.info("transfer.overwritten", checkpoint=str(transfer.path))
+        return True
 
     async def _fail(self, transfer: Transfer, error: TinkerSyncError) -> None:
         """Remember it, with the time to try again."""

@@ -257,7 +257,8 @@ class FileWriter(Protocol):
 class StagedObject(Protocol):
     """One object of the storage on its way into a stage, noted so that a later attempt can go on with it.
 
-    Every byte of the object is in one of its files, in order, or was given to `framing`.
+    Every byte that came of the object, in order, is in one of its files or was given to `framing`, up to the end of what
+    is gone on with: padding behind an archive's end need not be.
     """
 
     @property
@@ -368,6 +369,10 @@ class Destination(Protocol):
 
     def resume_stage(self, identity: Identity, source: str, expected_bytes: int | None) -> Interrupted | None:
         """What an earlier attempt at this very object left. Raises NoSpace, DiskTrouble."""
+        ...
+
+    def forget_old_stages(self) -> None:
+        """Remove what earlier attempts left and nobody came back for. Never raises."""
         ...
 
     def room_for(self, size: int) -> bool:

@@ -25,6 +25,7 @@ from tinker_sync.errors import (
 from tinker_sync.integrity import judge_content
 from tinker_sync.model.evidence import Defect, Kind
 from tinker_sync.model.manifest import FileEntry, Manifest, ManifestInvalid
+from tinker_sync.stopping import outlast
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -104,9 +105,10 @@ class Transferrer:
             return committed
         finally:
             facts.cancel()
-            with suppress(asyncio.CancelledError, TinkerSyncError):
-                await facts
-            await intake.clean(keep=keep)
+            try:
+                await outlast(facts)
+            finally:
+                await intake.clean(keep=keep)
 
     async def adopt(self, transfer: Transfer) -> bool:
         """Whether the very object is in the tree already, unknown to the catalog; then the catalog learns of it.
@@ -255,15 +257,15 @@ class _Intake:
 
     async def run(self, work: Callable[[], T], undo: Callable[[T], None] | None = None) -> T:
         """`undo` is for what the work made when nobody takes it any more."""
-        future = asyncio.get_running_loop().run_in_executor(self._writers, work)
+        loop = asyncio.get_running_loop()
+        future = loop.run_in_executor(self._writers, work)
         try:
-            return await asyncio.shield(future)
+            await outlast(future)
         except asyncio.CancelledError:
-            # A thread cannot be cancelled: what it does now is bounded, and nobody may clean up under it.
-            await asyncio.wait([future])
             if undo is not None and not future.cancelled() and future.exception() is None:
-                await asyncio.get_running_loop().run_in_executor(self._writers, undo, future.result())
+                await outlast(loop.run_in_executor(self._writers, undo, future.result()))
             raise
+        return future.result()
 
     async def commit(self, work: Callable[[], Committed]) -> Committed:
         """Run what ends the stage, whatever comes of it."""

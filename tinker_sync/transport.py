@@ -193,7 +193,8 @@ class StreamedBody:
 class _RawStream(httpx.AsyncByteStream):
     """A body as it comes, with an honest end: a silence longer than the read timeout and a reset are errors.
 
-    aiohttp alone waits for ever after a malformed chunk, and takes a reset for the end of a body without length.
+    aiohttp alone waits for ever after a malformed chunk, and takes a reset for the end of a body without length. A reset
+    behind the end of a body that has one is nothing.
     """
 
     def __init__(self, response: aiohttp.ClientResponse, read_timeout: float | None) -> None:
@@ -201,7 +202,8 @@ class _RawStream(httpx.AsyncByteStream):
         self._read_timeout = read_timeout
         connection = response.connection
         protocol = None if connection is None else connection.protocol
-        self._closed = None if protocol is None else protocol.closed
+        ends_itself = "Content-Length" in response.headers or "Transfer-Encoding" in response.headers
+        self._closed = None if protocol is None or ends_itself else protocol.closed
         if self._closed is not None:
             # Looked at after the last byte; asyncio must not complain of it when the body ended with an error before.
             self._closed.add_done_callback(lambda future: future.cancelled() or future.exception())

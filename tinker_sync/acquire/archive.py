@@ -14,13 +14,14 @@ from tinker_sync.integrity import read_claim
 
 if TYPE_CHECKING:
     from tinker_sync.acquire.directory import DirectorySource
-    from tinker_sync.acquire.download import Downloader
+    from tinker_sync.acquire.download import Downloader, Sign
     from tinker_sync.model.evidence import Defect, SeenFile
     from tinker_sync.model.paths import SignedUrl
     from tinker_sync.model.work import Transfer
     from tinker_sync.ports import Body, Intake, Signer, StagedObject
 
 _OBJECT: Final = "archive"
+_ANOTHER: Final = "the archive upstream is another one now, or the storage serves no ranges of it any more"
 
 
 class ArchiveSource:
@@ -46,20 +47,29 @@ class ArchiveSource:
         if url.scheme == "file":
             return await self._directories.acquire(url, intake)
         signing = _Signing(self._signer, transfer, listed_id, url, by_bare_id=by_bare_id)
-        begun = await self._go_on(transfer, intake)
+        begun = await self._go_on(transfer, signing.url, intake)
         start = None if begun is None else Start.of(begun[0])
-        async with self._downloader.open(signing.url, urgency=intake.urgency, start=start) as download:
+        opening = self._downloader.open(signing.url, name=str(transfer.path), urgency=intake.urgency, start=start)
+        async with opening as download:
             if begun is not None and download.begins == 0:
-                intake.starts_over("the archive upstream is another one now, or the storage serves no ranges any more")
+                intake.starts_over(_ANOTHER)
                 begun = None
             unpacker = await self._begin(download, transfer, intake) if begun is None else begun[1]
             return await self._unpack(download, unpacker, intake, by_bare_id=by_bare_id)
 
-    async def _go_on(self, transfer: Transfer, intake: Intake) -> tuple[StagedObject, Unpacker] | None:
-        """What an earlier attempt kept, read and hashed again; None where there is nothing to go on with."""
+    async def _go_on(self, transfer: Transfer, sign: Sign, intake: Intake) -> tuple[StagedObject, Unpacker] | None:
+        """What an earlier attempt kept, read and hashed again; None where there is nothing to go on with.
+
+        It can be much: first it is asked whether the storage still has the rest.
+        """
         stage = await intake.resume(_OBJECT, transfer.size_bytes)
         staged = None if stage is None else stage.staged(_OBJECT)
-        if staged is None:
+        start = None if staged is None else Start.of(staged)
+        if staged is None or start is None:
+            return None
+        name = str(transfer.path)
+        if not await self._downloader.still_has(sign, start, name=name, urgency=intake.urgency):
+            intake.starts_over(_ANOTHER)
             return None
         unpacker = Unpacker(staged, self._limits, transfer.size_bytes)
         try:

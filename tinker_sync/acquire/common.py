@@ -9,6 +9,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from tinker_sync.errors import StorageTrouble
+from tinker_sync.stopping import outlast
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -76,7 +77,7 @@ async def pump(
         trouble = error
     finally:
         if working is not None:
-            await asyncio.wait([working])
+            await outlast(working)
     if working is not None:
         await working
     return await intake.run(end)

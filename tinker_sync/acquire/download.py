@@ -5,7 +5,7 @@ handed on in order; what comes early waits in memory, of which all downloads sha
 needs few connections and a slow wire gets many, without a setting. A busy storage gets one long span per object.
 
 **Never two objects in one**: each answer must be the very span that was asked for, of the same length and ETag. A
-storage that breaks this is not asked for spans again for an hour.
+storage that breaks this is not asked for spans again for an hour, nor for an object that changed twice while it came.
 
 A cut costs what was not received of one span; an expired URL is signed again. Without ranges there is one connection,
 and a cut ends the download.
@@ -16,13 +16,14 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
 from tinker_sync.acquire.lanes import SEGMENT
-from tinker_sync.errors import StorageTrouble
+from tinker_sync.errors import ObjectChanged, StorageTrouble
 from tinker_sync.integrity import headers_of_whole, served_span, strong_validator
 from tinker_sync.model.evidence import Span
+from tinker_sync.stopping import outlast
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
@@ -130,14 +131,18 @@ class Downloader:
         self._lanes = lanes
         self._clock = clock
         self._distrusted: dict[str, float] = {}
+        """By host or object until when no spans of it are asked for, of `Clock.monotonic`."""
+        self._changed: dict[str, float] = {}
+        """By object until when another change tells that its ETags mean nothing."""
 
     @asynccontextmanager
-    async def open(self, sign: Sign, *, urgency: int, start: Start | None = None) -> AsyncIterator[Download]:
+    async def open(self, sign: Sign, *, name: str, urgency: int, start: Start | None = None) -> AsyncIterator[Download]:
         """Begin one: from `start` where that can be had, else from the first byte (`begins` says so).
 
-        Raises StorageTrouble, NotTransferable, and what `sign` raises; so does reading.
+        `name` is the object's, whatever its URL. Raises StorageTrouble, NotTransferable, and what `sign` raises; so does
+        reading.
         """
-        download = Download(self, self._storage, self._lanes, self._clock, sign, urgency)
+        download = Download(self, self._storage, self._lanes, self._clock, sign, name, urgency)
         await self._lanes.ahead.take(lambda: (0, urgency))  # lent, if need be
         try:
             await download.begin(start)
@@ -148,14 +153,32 @@ class Downloader:
             finally:
                 self._lanes.ahead.give()
 
-    def trusts(self, host: str) -> bool:
-        """Whether spans may be asked for there."""
-        until = self._distrusted.get(host)
-        return until is None or self._clock.monotonic() >= until
+    async def still_has(self, sign: Sign, start: Start, *, name: str, urgency: int) -> bool:
+        """Whether the storage gives spans of that very object: its last byte is asked for. Raises as `open` does."""
+        async with self.open(sign, name=name, urgency=urgency, start=replace(start, offset=start.length)) as download:
+            return download.begins == start.length
 
-    def distrust(self, host: str) -> None:
+    def trusts(self, *names: str) -> bool:
+        """Whether spans may be asked for of that host, or object."""
+        now = self._clock.monotonic()
+        return all(self._distrusted.get(name, now) <= now for name in names)
+
+    def distrust(self, name: str) -> None:
         """One connection, from the first byte, for a while."""
-        self._distrusted[host] = self._clock.monotonic() + _DISTRUST
+        _remember(self._distrusted, name, self._clock.monotonic())
+
+    def note_change(self, name: str) -> None:
+        """An object changed while it was fetched. Some storages make up another ETag each time."""
+        if self._changed.get(name, 0) > self._clock.monotonic():
+            self.distrust(name)
+        _remember(self._changed, name, self._clock.monotonic())
+
+
+def _remember(names: dict[str, float], name: str, now: float) -> None:
+    """Note it for a while, and forget what was long ago."""
+    for old in [old for old, until in names.items() if until <= now]:
+        del names[old]
+    names[name] = now + _DISTRUST
 
 
 class Download:
@@ -164,13 +187,14 @@ class Download:
     status = 200
 
     def __init__(
-        self, downloader: Downloader, storage: Storage, lanes: Lanes, clock: Clock, sign: Sign, urgency: int
+        self, downloader: Downloader, storage: Storage, lanes: Lanes, clock: Clock, sign: Sign, name: str, urgency: int
     ) -> None:
         self._downloader = downloader
         self._storage = storage
         self._lanes = lanes
         self._clock = clock
         self._sign = sign
+        self._name = name
         self._urgency = urgency
         self._url: SignedUrl | None = None
         self._pieces: deque[_Piece] = deque()
@@ -237,14 +261,15 @@ class Download:
         for task in self._tasks:
             task.cancel()
         try:
-            if self._tasks:
-                await asyncio.wait(self._tasks)
-            await self._opened.aclose()
+            await outlast(asyncio.gather(*self._tasks, return_exceptions=True))
         finally:
-            for piece in self._pieces:
-                if piece.ahead:
-                    self._lanes.ahead.give()
-            self._pieces.clear()
+            try:
+                await self._opened.aclose()
+            finally:
+                for piece in self._pieces:
+                    if piece.ahead:
+                        self._lanes.ahead.give()
+                self._pieces.clear()
 
     # The order of spans
 
@@ -318,7 +343,7 @@ class Download:
         spans = fresh = True
         while True:
             url = self._url = self._url or await self._sign(None)
-            spans = spans and self._downloader.trusts(url.host)
+            spans = spans and self._downloader.trusts(url.host, self._name)
             start = start if spans else None
             asked = None if not spans else self._first_span() if start is None else start.span()
             opening = self._storage.open(url, asked, None if start is None else start.validator)
@@ -413,8 +438,9 @@ class Download:
         else:
             changed = strong_validator(body.headers) not in (None, self.validator)
         if changed:
+            self._downloader.note_change(self._name)
             message = f"the object at {url.host} changed while it was fetched: it is fetched anew"
-            raise _Mixed(message)
+            raise ObjectChanged(message)
         self._downloader.distrust(url.host)
         message = f"{url.host} does not answer ranges as it should: it is fetched anew, over one connection"
         raise _Mixed(message)
@@ -440,7 +466,7 @@ class _Failures:
     """How often in a row one span brought nothing, and how long to wait before it is asked for again.
 
     `received` tells what all spans of the object brought: while others go on (a storage can take few connections), this
-    one waits longer and is not given up.
+    one waits longer and is not given up, unless its URL is refused although it was signed again.
     """
 
     def __init__(self, clock: Clock, received: Callable[[], int]) -> None:
@@ -454,7 +480,7 @@ class _Failures:
         """Wait, where another request can help. Raises the trouble where none does."""
         refused = trouble.status in _REFUSED
         passing = refused or trouble.status in _PASSING or trouble.status >= 500
-        if isinstance(trouble, _Mixed) or not passing:
+        if isinstance(trouble, _Mixed | ObjectChanged) or not passing:
             raise trouble
         before, self._before = self._before, self._received()
         if progress >= _REAL_PROGRESS:
@@ -464,7 +490,7 @@ class _Failures:
                 await self._clock.sleep(_PAUSE)
             return
         self._count += 3 if trouble.stalled else 1
-        if self._before - before >= _REAL_PROGRESS:
+        if self._before - before >= _REAL_PROGRESS and not refused:
             self._count = min(self._count, _PATIENCE)
         if self._count > _PATIENCE:
             raise trouble

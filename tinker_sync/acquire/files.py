@@ -18,9 +18,12 @@ from tinker_sync.acquire.unpack import Gunzip
 from tinker_sync.errors import DiskTrouble, NotTransferable, StorageTrouble
 from tinker_sync.integrity import judge_body, read_claim
 from tinker_sync.model.evidence import Claim, Defect, Kind, SeenFile
+from tinker_sync.model.moments import FAR_FUTURE
 from tinker_sync.model.paths import PathInvalid, PayloadPath
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from tinker_sync.acquire.download import Downloader, Sign
     from tinker_sync.model.paths import SignedUrl, TinkerPath
     from tinker_sync.model.work import Transfer
@@ -61,7 +64,7 @@ class FilesSource:
 
         async def one(key: str, path: PayloadPath) -> SeenFile:
             async with turn:
-                seen, claim, faults = await self._fetch(partial(signing.url, key), path, stage, intake)
+                seen, claim, faults = await self._fetch(partial(signing.url, key), transfer, path, stage, intake)
             claims[str(path)] = claim
             defects.extend(faults)
             return seen
@@ -78,11 +81,12 @@ class FilesSource:
         return Acquired([task.result() for task in tasks], defects, "files", claims)
 
     async def _fetch(
-        self, sign: Sign, path: PayloadPath, stage: Stage, intake: Intake
+        self, sign: Sign, transfer: Transfer, path: PayloadPath, stage: Stage, intake: Intake
     ) -> tuple[SeenFile, Claim, list[Defect]]:
-        begun = await self._go_on(path, stage, intake)
+        name = f"{transfer.path} {path}"
+        begun = await self._go_on(path, name, sign, stage, intake)
         start = None if begun is None else Start.of(begun[0])
-        async with self._downloader.open(sign, urgency=intake.urgency, start=start) as download:
+        async with self._downloader.open(sign, name=name, urgency=intake.urgency, start=start) as download:
             odd: list[Defect] = []
             if begun is None or download.begins == 0:
                 sink, odd = await self._begin(download, path, stage, intake)
@@ -93,15 +97,25 @@ class FilesSource:
                 faults.append(Defect(Kind.TRANSPORT, "nothing proves where it ends: no length, no chunking", str(path)))
         return seen, sink.claim, [*odd, *faults]
 
-    async def _go_on(self, path: PayloadPath, stage: Stage, intake: Intake) -> tuple[StagedObject, _FileSink] | None:
-        """What an earlier attempt kept of this file, read and hashed again; None where there is nothing of use."""
+    async def _go_on(
+        self, path: PayloadPath, name: str, sign: Sign, stage: Stage, intake: Intake
+    ) -> tuple[StagedObject, _FileSink] | None:
+        """What an earlier attempt kept of this file, read and hashed again; None where there is nothing of use.
+
+        First it is asked whether the storage still has the rest.
+        """
         staged = stage.staged(f"{_SOURCE}:{path}")
-        if staged is None or not staged.kept:
+        start = None if staged is None else Start.of(staged)
+        if staged is None or start is None:
+            return None
+        if not await self._downloader.still_has(sign, start, name=name, urgency=intake.urgency):
+            intake.starts_over(f"{path} is another file now, or the storage serves no ranges of it any more")
             return None
         try:
             sink = _FileSink(staged.claim, await intake.run(partial(staged.write, path, staged.claim.length)))
             await replay(staged, intake, sink.feed)
-        except DiskTrouble:
+        except DiskTrouble as error:
+            intake.starts_over(f"{path}: {error}")
             return None
         return staged, sink
 
@@ -158,6 +172,8 @@ class _Signing:
         self._clock = clock
         self._path = path
         self._current: FileUrls | None = None
+        self._renewed_at = FAR_FUTURE
+        """When they are signed again before a storage refuses them."""
         self._turn = asyncio.Lock()
 
     async def keys(self) -> list[str]:
@@ -178,18 +194,18 @@ class _Signing:
 
     async def _fresh(self) -> FileUrls:
         current = self._current
-        if current is None or (
-            current.expires is not None and current.expires - self._clock.now() < self._margin(current)
-        ):
+        if current is None or self._clock.now() >= self._renewed_at:
             current = await self._signer.files(self._path)
             self._current = current
-            self._signed_at = self._clock.now()
+            self._renewed_at = self._renewal(current)
         return current
 
-    def _margin(self, current: FileUrls) -> timedelta:
-        """A minute before the end, or a tenth of a short life."""
-        life = (current.expires or self._signed_at) - self._signed_at
-        return min(_RENEW_BEFORE, life / 10)
+    def _renewal(self, current: FileUrls) -> datetime:
+        """A minute before the end, or a tenth of a short life; never by a clock by which they have ended already."""
+        now = self._clock.now()
+        if current.expires is None or current.expires <= now:
+            return FAR_FUTURE
+        return current.expires - min(_RENEW_BEFORE, (current.expires - now) / 10)
 
 
 def _parse_names(keys: list[str]) -> tuple[dict[str, PayloadPath], list[Defect]]:

@@ -15,6 +15,7 @@ import os
 import shutil
 import stat
 import threading
+from collections import deque
 from collections.abc import Callable  # noqa: TC003 - the fields of Custody
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -59,6 +60,9 @@ _PAYLOAD: Final = "payload"
 _OLD: Final = "replaced"
 _NOTES: Final = "defects.json"
 _FLUSHES: Final = 16
+"""Files that are made durable at a time, of all stages together."""
+_UNSETTLED: Final = 16
+"""Files of one stage that are closed and not durable yet, each with a descriptor; the next one waits for the oldest."""
 _INTERRUPTED_LIVE: Final = timedelta(days=7)
 _PART: Final = ".part"
 """Ends the name of a trash entry that is being deleted."""
@@ -141,7 +145,7 @@ class LocalTree:
     def open_stage(self, identity: Identity, expected_bytes: int | None) -> LocalStage:
         """Reserve space and make an empty stage. Raises NoSpace, DiskTrouble."""
         self.check()
-        self._forget_old_stages()
+        self.forget_old_stages()
         reservation = self._space.reserve(expected_bytes)
         try:
             with disk_errors("cannot make a stage in", self.root):
@@ -163,17 +167,17 @@ class LocalTree:
         if note is None or note.reason or not note.identity.matches(identity) or not note.is_of(source):
             _remove_tree(home)
             return None if note is None else Interrupted(None, note.reason or "it is another object now")
-        try:
-            reservation = self._space.reserve(max(0, (expected_bytes or 0) - note.kept))
-        except BaseException:
-            self.keep_interrupted(home)
-            raise
-        stage = LocalStage(self, identity, home, reservation)
+        stage = LocalStage(self, identity, home, self._space.nothing())
         try:
             stage.load(note)
         except DiskTrouble as error:
             stage.abort()
             return Interrupted(None, str(error))
+        try:
+            stage.reserve(self._space.reserve(max(0, (expected_bytes or 0) - note.kept)))
+        except BaseException:
+            self.keep_interrupted(home)
+            raise
         return Interrupted(stage, kept=note.kept)
 
     def keep_interrupted(self, home: Path) -> None:
@@ -189,8 +193,8 @@ class LocalTree:
             _remove_tree(before.home)
         self._interrupted[note.identity.path] = _Waiting(home, note.noted_at, note.kept)
 
-    def _forget_old_stages(self) -> None:
-        """What nobody came back for is gone upstream by now."""
+    def forget_old_stages(self) -> None:
+        """Remove what nobody came back for within a week: it is gone upstream by now."""
         for path, found in list(self._interrupted.items()):
             if self.now() - found.noted_at > _INTERRUPTED_LIVE:
                 self._forget(path)
@@ -264,7 +268,7 @@ class LocalTree:
                     _remove_tree(home)
                 else:
                     self.keep_interrupted(home)
-            self._forget_old_stages()
+            self.forget_old_stages()
             for leftover in self.area("trash").glob(f"*{_PART}"):
                 _remove_tree(leftover)
         return committed
@@ -615,6 +619,8 @@ class LocalStage:
         self._home = home
         self._space = space
         self._writers: list[HashingWriter] = []
+        self._unsettled: deque[HashingWriter] = deque()
+        """The last ones of them."""
         self._objects: dict[str, StagedObject] = {}
         self._noting = threading.Lock()
         self._unnoted = 0
@@ -662,6 +668,9 @@ class LocalStage:
             kept=kept,
         )
         self._writers.append(writer)
+        self._unsettled.append(writer)
+        while len(self._unsettled) > _UNSETTLED:
+            self._unsettled.popleft().settle()
         return writer
 
     def make_directory(self, path: PayloadPath) -> None:
@@ -725,6 +734,10 @@ class LocalStage:
         self._close()
         _remove_tree(self._home)
 
+    def reserve(self, space: Reservation) -> None:
+        """What is still to come has its place."""
+        self._space = space
+
     def load(self, note: Note) -> None:
         """Take up what an earlier attempt noted; everything else is removed. Raises DiskTrouble."""
         with disk_errors("cannot go on with", self._home):
@@ -759,11 +772,18 @@ class LocalStage:
             if self._unnoted < FLUSH_EVERY or all(found.validator is None for found in objects):
                 return
             self._unnoted = 0
-            note = Note(self._identity, self._tree.now(), tuple(found.as_json() for found in objects))
+            content = self._note_of(objects).to_bytes()
+            if content is None:
+                for found in objects:
+                    found.cannot_resume("a checkpoint of so many files cannot be gone on with in the middle")
+                content = self._note_of(objects).to_bytes() or b""
             with disk_errors("cannot note progress in", self._home):
                 _fsync_directories(self._home)
                 fsync_directory(self._home.parent)
-                replace_file(self._home / PROGRESS_FILE, json_bytes(note.as_json()))
+                replace_file(self._home / PROGRESS_FILE, content)
+
+    def _note_of(self, objects: Sequence[StagedObject]) -> Note:
+        return Note(self._identity, self._tree.now(), tuple(found.as_json() for found in objects))
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,8 @@
 The note, `progress.json` beside the payload, says which objects of the storage were being fetched (ETag, length, digests
 promised) and of what their first bytes consist, in order: bytes that are in no file, and files, each with how much of it
 is on the device and the SHA-256 of that. **A byte is noted only after it was fsynced**, and what is noted is read and
-hashed again before it is believed. The note is replaced after every 64 MiB, so small checkpoints never have one.
+hashed again before it is believed; the note itself has a SHA-256 too. It is replaced after every 64 MiB, so small
+checkpoints never have one.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 from tinker_sync.destination.files import FLUSH_EVERY, Durable, disk_errors, read_small
 from tinker_sync.errors import DiskTrouble
 from tinker_sync.model.checkpoint import Identity
+from tinker_sync.model.documents import json_bytes
 from tinker_sync.model.evidence import Claim
 from tinker_sync.model.moments import parse_time, rfc3339
 from tinker_sync.model.paths import PayloadPath, TinkerPath
@@ -36,6 +38,7 @@ _PIECE: Final = 1024 * 1024
 _MOST_FRAMING: Final = 1024 * 1024
 """Bytes in no file that a note can hold; an archive of some thousand members has more."""
 _MOST_NOTE: Final = 16 * 1024 * 1024
+_DIGEST: Final = "note_sha256"
 
 
 @dataclass(slots=True)
@@ -203,7 +206,7 @@ class Note:
     objects: tuple[dict[str, Any], ...]
 
     def as_json(self) -> dict[str, Any]:
-        """For the file."""
+        """Its members."""
         return {
             "format": _FORMAT,
             "tinker_path": str(self.identity.path),
@@ -212,6 +215,12 @@ class Note:
             "noted_at": rfc3339(self.noted_at),
             "objects": list(self.objects),
         }
+
+    def to_bytes(self) -> bytes | None:
+        """For the file; None where it is too large for one that is believed."""
+        document = self.as_json()
+        content = json_bytes({**document, _DIGEST: _digest(document)})
+        return content if len(content) <= _MOST_NOTE else None
 
     @property
     def reason(self) -> str:
@@ -229,13 +238,18 @@ class Note:
         return sum(int(part.get("bytes", 0)) for found in self.objects for part in found["parts"])
 
 
+def _digest(document: dict[str, Any]) -> str:
+    """Of a note without it."""
+    return hashlib.sha256(json_bytes(document)).hexdigest()
+
+
 def read_note(home: Path) -> Note | None:
     """The note of a stage; None where there is none of use."""
     try:
         if (home / PROGRESS_FILE).stat().st_size > _MOST_NOTE:
             return None
         document = json.loads(read_small(home / PROGRESS_FILE))
-        if document["format"] != _FORMAT:
+        if document["format"] != _FORMAT or document.pop(_DIGEST) != _digest(document):
             return None
         identity = Identity(
             TinkerPath.parse(document["tinker_path"]), parse_time(document["time"]), document["size_bytes"]

@@ -82,6 +82,10 @@ class SpaceLedger:
             self._reserved += wanted
         return Reservation(self, wanted)
 
+    def nothing(self) -> Reservation:
+        """Of no bytes, which is never refused."""
+        return Reservation(self, 0)
+
     def fits(self, expected: int) -> bool:
         """Whether `reserve` would accept so much now."""
         return self._free(self._root) - self._reserved - expected >= self._min_free  # no lock: asked by the event loop

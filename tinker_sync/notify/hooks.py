@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Final, Self
 
 import structlog
 
+from tinker_sync.stopping import outlast
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -67,8 +69,9 @@ class Hooks:
                         await self._queue.join()
         finally:
             worker.cancel()
-            with suppress(asyncio.CancelledError):
-                await worker
+            await outlast(worker)
+            if not worker.cancelled():
+                worker.result()  # a bug is not hidden
             if not self._queue.empty():
                 log.warning("hooks.dropped", events=self._queue.qsize())
 
@@ -145,8 +148,7 @@ class Hooks:
                 log.warning("hook.failed", **about, error=f"it ended with {code}", said=said)
         finally:
             words.cancel()
-            with suppress(asyncio.CancelledError):
-                await words
+            await outlast(words)
 
     def _environment(self, event: Event) -> dict[str, str]:
         kept = {name: value for name, value in os.environ.items() if not name.upper().startswith(_PRIVATE)}
