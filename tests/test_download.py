@@ -104,6 +104,13 @@ async def fetch(downloader: Downloader, sign: Any, start: Start | None = None, u
         return download.begins, b"".join([chunk async for chunk in download.chunks()])
 
 
+async def until(holds: Callable[[], bool]) -> None:
+    """Wait for it, ten seconds at most."""
+    async with asyncio.timeout(10):
+        while not holds():  # noqa: ASYNC110 - of a storage that knows no events
+            await asyncio.sleep(0.01)
+
+
 def some_bytes(size: int) -> bytes:
     """The same ones each time."""
     return random.Random(size).randbytes(size)
@@ -343,7 +350,7 @@ async def test_an_urgent_newcomer_gets_the_next_connection() -> None:
             return SignedUrl(f"{origin}/small")
 
         running = asyncio.create_task(fetch(downloader, sign, urgency=5))
-        await asyncio.sleep(0.2)
+        await until(lambda: len(large.spans) >= 6)
         assert await fetch(downloader, sign_small, urgency=1) == (0, small.body)
         assert not running.done()
         assert len(large.spans) < 30
@@ -462,8 +469,15 @@ async def test_a_consumer_that_waits_fills_no_memory() -> None:
         downloader.open(sign, name="object", urgency=1) as one,
         downloader.open(sign, name="object", urgency=1) as two,
     ):
-        await asyncio.sleep(0.5)
-        waiting = sum(piece.buffered for download in (one, two) for piece in download._pieces)
+
+        def buffered() -> int:
+            return sum(piece.buffered for download in (one, two) for piece in download._pieces)
+
+        await until(lambda: buffered() >= 15 * SEGMENT)
+        waiting = 0
+        while waiting < buffered():  # as long as more comes
+            waiting = buffered()
+            await asyncio.sleep(0.1)
         # 15 spans ahead, and the first of each, which stops at one span and what was under way
         assert 15 * SEGMENT <= waiting <= (15 + 2 * 2) * SEGMENT + 2 * 1024 * 1024
         assert b"".join([chunk async for chunk in one.chunks()]) == store.body

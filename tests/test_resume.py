@@ -138,6 +138,8 @@ async def test_a_pass_goes_on_where_the_last_one_was_stopped(
     await interrupt(site, 2_500_000)
     note = json.loads((site.staging()[0] / "progress.json").read_text())
     assert note["tinker_path"] == str(made.path)
+    said = await asyncio.to_thread(partial(run, ["--config", str(site.write_config()), "status"], check=0))
+    assert re.search(r"1 is partly here \(2(\.\d)? MB\): the next attempt goes on from there", said.stdout)
     site.sandbox.storage_requests.clear()
     site.transfer = {}
     with logged(monkeypatch) as events:
@@ -778,7 +780,6 @@ def test_kill_9_costs_what_was_not_durable(outside: Site) -> None:
         assert time.monotonic() < deadline
         assert running.poll() is None
         time.sleep(0.02)
-    time.sleep(0.5)
     running.send_signal(signal.SIGKILL)
     running.wait()
     outside.sandbox.storage_requests.clear()

@@ -66,6 +66,9 @@ class Surroundings:
     stop_reason: str | None = None
     trash: int = 0
     free_bytes: int | None = None
+    partial: int = 0
+    """Checkpoints of which a part is here, and durable."""
+    partial_bytes: int = 0
     min_free: int = 0
 
 
@@ -142,6 +145,8 @@ def overview(stock: Stock, around: Surroundings, *, now: datetime) -> dict[str, 
         "running_out": stock.running_out,
         "trash": around.trash,
         "free_bytes": around.free_bytes,
+        "partial": around.partial,
+        "partial_bytes": around.partial_bytes,
         "min_free": around.min_free,
         "last_pass": stock.last_pass,
         "root": around.root,

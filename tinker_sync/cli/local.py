@@ -83,6 +83,9 @@ def _tell_status(document: dict[str, Any]) -> None:
         render.say(f"  changed in the file and not in effect yet: {line}")
     if document["running_out"] or document["trash"]:
         render.say(f"  {document['running_out']} run out by our TTL, {document['trash']} in the trash")
+    if document["partial"]:
+        what = "1 is partly here" if document["partial"] == 1 else f"{document['partial']} are partly here"
+        render.say(f"  {what} ({render.size(document['partial_bytes'])}): the next attempt goes on from there")
     if document["unmirrorable"]:
         render.say(f"  {document['unmirrorable']} are not served by this server (see `tinker-sync doctor`)")
     for row in document["expiring_unmirrored"][:20]:
