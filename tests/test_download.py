@@ -225,7 +225,20 @@ async def test_an_etag_that_means_nothing_is_found_out() -> None:
         assert await fetch(downloader, sign) == (0, store.body)
         assert store.spans[-1] is None
         assert downloader.trusts("another object")
-    assert not await still_there(store, Start(500, '"one"', len(store.body)))
+
+
+async def test_one_change_is_one_however_many_spans_meet_it() -> None:
+    """A slow consumer: all that was fetched ahead is of the new object. It still comes over several connections."""
+    store = Store(some_bytes(40 * SEGMENT))
+    async with downloading(store) as (downloader, sign, _):
+        async with downloader.open(sign, name="object", urgency=1) as download:
+            store.etag, store.body = '"two"', some_bytes(41 * SEGMENT)
+            await until(lambda: sum(piece.trouble is not None for piece in download._pieces) >= 5)
+            with pytest.raises(ObjectChanged):
+                assert [chunk async for chunk in download.chunks()]
+        store.spans.clear()
+        assert await fetch(downloader, sign) == (0, store.body)
+    assert len(store.spans) > 10
 
 
 async def still_there(store: Store, start: Start) -> bool:
@@ -239,8 +252,9 @@ async def test_one_byte_tells_whether_the_object_is_still_there() -> None:
     store = Store(some_bytes(20 * SEGMENT))
     assert await still_there(store, Start(5 * SEGMENT, '"one"', len(store.body)))
     assert store.spans == [(len(store.body) - 1, len(store.body))]
-    assert not await still_there(store, Start(5 * SEGMENT, '"two"', len(store.body)))
-    assert not await still_there(store, Start(5 * SEGMENT, '"one"', len(store.body) - 1))
+    for another in (Start(5 * SEGMENT, '"two"', len(store.body)), Start(5 * SEGMENT, '"one"', len(store.body) - 1)):
+        with pytest.raises(ObjectChanged):
+            await still_there(store, another)
     store.spoil = lambda number, _, answer: answer.update(status=503, body=b"")
     with pytest.raises(StorageTrouble, match="503"):
         await still_there(store, Start(5 * SEGMENT, '"one"', len(store.body)))
@@ -395,19 +409,21 @@ async def test_a_url_that_ends_is_signed_again_in_the_middle() -> None:
 
 
 async def test_a_start_in_the_middle() -> None:
-    """What follows it; everything when the object is another one, or shorter; nothing when all is there."""
+    """What follows it; nothing when all is there; an error when the object is another one, or shorter."""
     store = Store(some_bytes(20 * SEGMENT))
     size = len(store.body)
     async with downloading(store) as (downloader, sign, _):
         assert await fetch(downloader, sign, Start(12345, '"one"', size)) == (12345, store.body[12345:])
         assert await fetch(downloader, sign, Start(size, '"one"', size)) == (size, b"")
-        assert await fetch(downloader, sign, Start(12345, '"old"', size)) == (0, store.body)
-        assert await fetch(downloader, sign, Start(size + 5, '"one"', size + 9)) == (0, store.body)
+    for start in (Start(12345, '"old"', size), Start(5, '"one"', size + 9), Start(size + 5, '"one"', size + 9)):
+        async with downloading(store) as (downloader, sign, _):
+            with pytest.raises(ObjectChanged):
+                await fetch(downloader, sign, start)
 
 
 @pytest.mark.parametrize("size", [20 * SEGMENT, 1])
 async def test_what_was_whole_is_confirmed_by_its_own_etag_alone(size: int) -> None:
-    """A storage that does not heed `If-Range`: another object of the same length is fetched, not taken for the old one."""
+    """A storage that does not heed `If-Range`: another object of the same length is not taken for the old one."""
     store = Store(some_bytes(size))
 
     def deaf(_: int, request: web.Request, answer: dict[str, Any]) -> None:
@@ -418,16 +434,25 @@ async def test_what_was_whole_is_confirmed_by_its_own_etag_alone(size: int) -> N
 
     store.spoil = deaf
     async with downloading(store) as (downloader, sign, _):
-        assert await fetch(downloader, sign, Start(size, '"old"', size)) == (0, store.body)
-        assert await fetch(downloader, sign, Start(size, '"one"', 2 * size)) == (0, store.body)
+        with pytest.raises(ObjectChanged):
+            await fetch(downloader, sign, Start(size, '"old"', size))
+    async with downloading(store) as (downloader, sign, _):
+        with pytest.raises(ObjectChanged):
+            await fetch(downloader, sign, Start(size, '"one"', 2 * size))
         assert await fetch(downloader, sign, Start(size, '"one"', size)) == (size, b"")
 
 
-async def test_another_object_behind_if_range_comes_over_several_connections_too() -> None:
-    """A 200 says only that the old one is gone."""
+async def test_a_start_without_proof_begins_anew_over_several_connections() -> None:
+    """A 200 without an ETag says only that the middle cannot be had: no change, and no reason to distrust."""
     store = Store(some_bytes(40 * SEGMENT))
+
+    def no_etag(number: int, _: web.Request, answer: dict[str, Any]) -> None:
+        if number == 1:
+            answer.update(status=200, headers={}, body=store.body)
+
+    store.spoil = no_etag
     async with downloading(store) as (downloader, sign, _):
-        assert await fetch(downloader, sign, Start(12345, '"old"', len(store.body))) == (0, store.body)
+        assert await fetch(downloader, sign, Start(12345, '"one"', len(store.body))) == (0, store.body)
     assert len(store.spans) > 10
 
 

@@ -35,6 +35,7 @@ from tinker_sync.acquire.archive import _Signing as Signing
 from tinker_sync.acquire.tar import Limits
 from tinker_sync.acquire.unpack import Unpacker
 from tinker_sync.api.account import SignedArchive
+from tinker_sync.catalog.store import CatalogUnusable
 from tinker_sync.destination import files as durable
 from tinker_sync.destination import local, progress
 from tinker_sync.errors import DiskTrouble, NoSpace, StorageTrouble
@@ -49,6 +50,7 @@ from tinker_sync.sandbox.adapters import PayloadFile, safetensors
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
+    from datetime import datetime
 
 
 RUN = "39aa5eb2-e234-5a95-ab68-896e4cac8c45:train:0"
@@ -203,25 +205,157 @@ async def test_another_object_is_fetched_from_its_first_byte(
     assert site.staging() == []
 
 
-@pytest.mark.usefixtures("_often")
-async def test_what_is_overwritten_while_it_is_copied_never_stands_under_the_old_time(site: Site) -> None:
-    """The new one is copied in the same pass, as itself; the old one, of which only a part came, is nowhere."""
+def overwritten(site: Site) -> tuple[Payload, datetime, Callable[[], None]]:
+    """A checkpoint, the payload and time of another that takes its place behind the same URLs, and what does that."""
     made = site.sandbox.account.add(RUN, "big", payload=training(), time=NOW)
-    fresh = training(seed=2)
-    later = NOW + timedelta(minutes=5)
+    site.transfer = {"bandwidth": 10_000_000, "stall_timeout": "5s"}
+    fresh, later = training(seed=2), NOW + timedelta(minutes=5)
 
     def overwrite() -> None:
-        made.payload, made.time = fresh, later  # behind the same URLs
+        made.payload, made.time = fresh, later
 
-    site.transfer = {"bandwidth": 10_000_000, "stall_timeout": "5s"}
-    result = await site.sync(After(1_500_000, overwrite))
-    (path,) = result.transferred
-    assert (result.failed, result.skipped) == ({}, {})
-    assert site.payload(path) == expected(fresh)
-    manifest = json.loads((site.directory(path) / ".tinker-sync.json").read_text())
-    assert manifest["time"] == rfc3339(later)
+    return fresh, later, overwrite
+
+
+def stands_as_itself(site: Site, path: TinkerPath, payload: Payload, time: datetime) -> None:
+    """The bytes are those of the time that the manifest says, and nothing else stands there."""
+    assert site.payload(path) == expected(payload)
+    assert json.loads((site.directory(path) / ".tinker-sync.json").read_text())["time"] == rfc3339(time)
     assert [found.name for found in site.directory(path).parent.iterdir()] == ["big"]
     assert site.staging() == []
+
+
+@pytest.mark.usefixtures("_often")
+@pytest.mark.parametrize("when", ["in the middle", "between two attempts"])
+async def test_what_is_overwritten_while_it_is_copied_never_stands_under_the_old_time(site: Site, when: str) -> None:
+    """The new one is copied in the same pass, as itself; the old one, of which only a part came, is nowhere."""
+    fresh, later, overwrite = overwritten(site)
+
+    def do() -> None:
+        overwrite()
+        if when != "in the middle":
+            site.sandbox.faults.append(Fault("storage", "status", times=1, status=404))
+
+    result = await site.sync(After(1_500_000, do))
+    (path,) = result.transferred
+    assert (result.failed, result.skipped) == ({}, {})
+    stands_as_itself(site, path, fresh, later)
+
+
+@pytest.mark.usefixtures("_often")
+async def test_a_poll_that_sees_the_new_one_first_makes_no_second_transfer(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is what comes next already."""
+    fresh, later, overwrite = overwritten(site)
+    async with site.opened() as mirror:
+        monkeypatch.setattr(mirror._transferrer, "_reporter", After(1_500_000, overwrite))
+        look = mirror._look
+
+        async def slow_look(transfer: Transfer) -> Any:
+            await mirror._poll()
+            return await look(transfer)
+
+        monkeypatch.setattr(mirror, "_look", slow_look)
+        result = await mirror.sync()
+    (path,) = result.transferred
+    assert (result.failed, result.exit_code) == ({}, 0)
+    stands_as_itself(site, path, fresh, later)
+
+
+@pytest.mark.usefixtures("_often")
+async def test_what_was_asked_for_is_fetched_though_it_is_overwritten(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`fetch` of what the selection leaves out: the wish is for the new one too."""
+    fresh, later, overwrite = overwritten(site)
+    site.mirror = {"exclude": ["*/*/*"]}
+    path = TinkerPath(RUN, "weights", "big")
+    async with site.opened() as mirror:
+        monkeypatch.setattr(mirror._transferrer, "_reporter", After(1_500_000, overwrite))
+        result = await mirror.fetch([path])
+    assert (result.transferred, result.failed, result.skipped) == ([path], {}, {})
+    stands_as_itself(site, path, fresh, later)
+
+
+async def test_one_file_that_fails_fails_the_checkpoint_aloud(site: Site) -> None:
+    """While others are on their way: it is a failure, and no stop that nobody asked for."""
+    files = tuple(safetensors(f"part-{n}.safetensors", {"m": ("U8", [400_000])}, n) for n in range(12))
+    made = site.sandbox.account.add(RUN, "big", "external", payload=Payload((adapter(1).files[0], *files)))
+    site.transfer = {"bandwidth": 3_000_000, "stall_timeout": "5s"}
+    site.sandbox.faults.append(Fault("storage", "status", match="#part-3", status=404))
+    result = await site.sync()
+    assert "404" in result.failed[made.path][0]
+    assert result.exit_code == 1
+
+
+@pytest.mark.usefixtures("_often")
+async def test_files_of_two_objects_are_no_replica(site: Site) -> None:
+    """External, file by file, overwritten between two of them: no ETag conflicts, and yet nothing mixed stands there."""
+    old, new = (
+        Payload(
+            (
+                adapter(1).files[0],
+                *(safetensors(f"part-{n}.safetensors", {"m": ("U8", [400_000])}, n + seed) for n in range(12)),
+            )
+        )
+        for seed in (0, 100)
+    )
+    made = site.sandbox.account.add(RUN, "big", "external", payload=old, time=NOW)
+    later = NOW + timedelta(minutes=5)
+    site.transfer = {"bandwidth": 10_000_000, "stall_timeout": "5s"}
+
+    def overwrite() -> None:
+        made.payload = Payload(old.files[:8] + new.files[8:])  # what came by then is the old one's
+        made.time = later
+
+    result = await site.sync(After(300_000, overwrite))
+    assert result.transferred == [made.path]
+    assert json.loads((site.directory(made.path) / ".tinker-sync.json").read_text())["time"] == rfc3339(later)
+    assert [found.name for found in site.directory(made.path).parent.iterdir()] == ["big"]
+
+
+@pytest.mark.usefixtures("_often")
+async def test_a_refusal_to_sign_again_keeps_what_is_here(site: Site) -> None:
+    """402 in the middle: when the bill is paid it goes on."""
+    made = site.sandbox.account.add(RUN, "big", payload=training())
+    site.transfer = {"bandwidth": 10_000_000, "stall_timeout": "5s"}
+
+    def refuse() -> None:
+        site.sandbox.faults.append(Fault("storage", "status", status=403))
+        site.sandbox.faults.append(Fault("archive", "status", status=402))
+
+    assert (await site.sync(After(2_500_000, refuse))).failed
+    (home,) = site.staging()
+    assert (home / "progress.json").exists()
+    site.sandbox.faults.clear()
+    async with site.opened() as mirror:
+        assert (await mirror.fetch([made.path])).transferred == [made.path]
+    assert first_bytes(site).count(0) == 1
+
+
+async def test_what_the_catalog_could_not_take_is_adopted_by_the_next_attempt(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Renamed, and not written down: it is not fetched again, in a run that this process made."""
+    made = [site.sandbox.account.add(RUN, name) for name in ("one", "two")]
+    async with site.opened() as mirror:
+        catalog = mirror._transferrer._catalog
+
+        def full(_: object) -> None:
+            message = "disk full"
+            raise CatalogUnusable(message)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(catalog, "add_replica", full)
+            result = await mirror.fetch([found.path for found in made])
+            assert len(result.failed) == 2
+        asked = len(site.sandbox.storage_requests)
+        mirror.result = type(mirror.result)()
+        result = await mirror.fetch([found.path for found in made])
+        assert not result.failed
+        assert len(site.sandbox.storage_requests) == asked
+        assert len(catalog.known().replicas) == 2
 
 
 @pytest.mark.usefixtures("_often")
@@ -343,7 +477,7 @@ async def test_external_files_are_gone_on_with_one_by_one(site: Site) -> None:
 
 @pytest.mark.usefixtures("_often")
 async def test_one_external_file_that_changed_is_fetched_anew(site: Site) -> None:
-    """The others stay."""
+    """The others too: a checkpoint is never made of files of two attempts between which one of them changed."""
     files = tuple(safetensors(f"part-{n}.safetensors", {"m": ("U8", [900_000])}, n) for n in range(6))
     payload = Payload((adapter(1).files[0], *files))
     made = site.sandbox.account.add(RUN, "big", "external", payload=payload)

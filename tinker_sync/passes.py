@@ -466,16 +466,11 @@ class Mirror:
                 wanted.append(row)
                 self._note_repair(path, known)
         result.listed, result.complete = len(wanted), True
-        plan = plan_transfers(
-            wanted,
-            type(known)(replicas=known.replicas, first_expiry=known.first_expiry),
-            Selection(short_ttl=timedelta(0)),
-            now=self._clock.now(),
-        )
+        plan = self._plan_asked(wanted, known)
         result.skipped |= {skip.path: skip.reason for skip in plan.skipped}
         outcomes: dict[TinkerPath, asyncio.Future[_Outcome]] = {}
         for transfer in plan.transfers:
-            self._asked_for[transfer.path] = replace(transfer, priority=0)
+            self._asked_for[transfer.path] = transfer
             outcomes[transfer.path] = asyncio.get_running_loop().create_future()
             self._waiters.setdefault(transfer.path, []).append(outcomes[transfer.path])
         self._full = False
@@ -756,14 +751,19 @@ class Mirror:
             await self._after(transfer, effort, error)
         except Exception as error:  # noqa: BLE001 - a bug met by one checkpoint must not stop the others
             await self._after(transfer, effort, as_bug(error))
-        except BaseException:
+        except BaseException as stop:
+            task = asyncio.current_task()
+            if isinstance(stop, asyncio.CancelledError) and task is not None and not task.cancelling():
+                await self._after(transfer, effort, as_bug(stop))  # nobody asked for it: it must not go unseen
+                return
             self._queue.done(transfer)
             raise
         else:
             self._queue.done(transfer)
             await self._succeeded(transfer, committed, self._clock.monotonic() - begun)
         finally:
-            self._running.pop(transfer.path, None)
+            if self._running.get(transfer.path) is transfer:  # and no successor
+                del self._running[transfer.path]
             self._changed.set()
 
     async def _succeeded(self, transfer: Transfer, committed: Committed, seconds: float) -> None:
@@ -922,18 +922,40 @@ class Mirror:
 
     async def _is_another_now(self, transfer: Transfer) -> bool:
         """Whether it was overwritten while it was copied: then what is there now is copied in its stead."""
-        row = next((row for row in await self._look(transfer) or () if row.path == transfer.path), None)
+        path = transfer.path
+        row = next((row for row in await self._look(transfer) or () if row.path == path), None)
         if row is None or row.identity.matches(transfer.identity):
             return False
+        try:
+            known = await self._index(self._catalog.known)
+        except TinkerSyncError as error:
+            log.error("catalog.trouble", error=str(error))  # noqa: TRY400 - told in words
+            return False
+        log.info("transfer.overwritten", checkpoint=str(path))
         self._queue.done(transfer)
-        self._efforts.pop(transfer.path, None)
-        self._over(transfer.path, "skipped", "it was overwritten while it was copied", 0)
-        self._rows = self._rows | {row.path: row}
-        known = await self._index(self._catalog.known)
-        plan = plan_transfers([row], known, self._settings.selection, now=self._clock.now())
-        self._offer([*self._queue.pending(), *plan.transfers])
-        log.info("transfer.overwritten", checkpoint=str(transfer.path))
+        self._efforts.pop(path, None)
+        self._rows = self._rows | {path: row}
+        self._note_repair(path, known)
+        if path in self._asked_for:
+            plan = self._plan_asked([row], known)
+            self._asked_for |= {asked.path: asked for asked in plan.transfers}
+        else:
+            plan = plan_transfers([row], known, self._settings.selection, now=self._clock.now())
+        self._note_plan(plan)
+        if not plan.transfers:
+            self._over(path, "skipped", self.result.skipped.get(path, "it was overwritten while it was copied"), 0)
+        self._offer([*(waiting for waiting in self._queue.pending() if waiting.path != path), *plan.transfers])
         return True
+
+    def _plan_asked(self, rows: Sequence[Checkpoint], known: Known) -> TransferPlan:
+        """What somebody named: at once, whatever selection and back-off say."""
+        plan = plan_transfers(
+            rows,
+            type(known)(replicas=known.replicas, first_expiry=known.first_expiry),
+            Selection(short_ttl=timedelta(0)),
+            now=self._clock.now(),
+        )
+        return replace(plan, transfers=tuple(replace(transfer, priority=0) for transfer in plan.transfers))
 
     async def _fail(self, transfer: Transfer, error: TinkerSyncError) -> None:
         """Remember it, with the time to try again."""
@@ -1066,7 +1088,7 @@ def _unheard(seconds: float) -> None:
     """Nobody watches this loop."""
 
 
-def as_bug(error: Exception) -> TransferFailed:
+def as_bug(error: BaseException) -> TransferFailed:
     """An error that nobody foresaw, without its text: that could hold a URL."""
     return TransferFailed(f"internal error {type(error).__name__} at {place_of(error)}: please report it")
 

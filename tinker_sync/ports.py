@@ -367,6 +367,10 @@ class Destination(Protocol):
         """Reserve space and make an empty stage. Raises NoSpace, DiskTrouble."""
         ...
 
+    def has_interrupted(self, path: TinkerPath) -> bool:
+        """Whether an earlier attempt left something. Never blocks."""
+        ...
+
     def resume_stage(self, identity: Identity, source: str, expected_bytes: int | None) -> Interrupted | None:
         """What an earlier attempt at this very object left. Raises NoSpace, DiskTrouble."""
         ...
@@ -377,6 +381,10 @@ class Destination(Protocol):
 
     def room_for(self, size: int) -> bool:
         """Whether that many more bytes would fit now."""
+        ...
+
+    def may_have(self, path: TinkerPath) -> bool:
+        """False where nothing can stand under a path's name but what this process put there. Never blocks."""
         ...
 
     def find(self, path: TinkerPath) -> Committed | None:

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Final, TypeVar
 import structlog
 
 from tinker_sync.errors import (
-    BeingMade,
     Defective,
     NotFound,
     NotServed,
+    ObjectChanged,
+    RequestRefused,
     ServiceTrouble,
     StorageTrouble,
     TinkerSyncError,
@@ -33,12 +34,15 @@ if TYPE_CHECKING:
 
     from tinker_sync.model.checkpoint import Checkpoint, RunFacts
     from tinker_sync.model.evidence import SeenFile
+    from tinker_sync.model.paths import TinkerPath
     from tinker_sync.model.work import Committed, Replica, Transfer
     from tinker_sync.ports import Account, Acquired, Acquirer, Catalog, Clock, Destination, Interrupted, Reporter, Stage
 
 T = TypeVar("T")
-_INTERRUPTIONS: Final = (StorageTrouble, ServiceTrouble, BeingMade)
-"""After these the next attempt goes on with what is durable."""
+_INTERRUPTIONS: Final = (StorageTrouble, ServiceTrouble, RequestRefused)
+"""After these the next attempt goes on with what is durable,"""
+_ENDS: Final = (ObjectChanged, NotFound, NotServed)
+"""but not after these: what came is of no use."""
 _MOST_RECORDED: Final = 100
 log = structlog.get_logger()
 
@@ -72,6 +76,8 @@ class Transferrer:
         self._indexer = indexer
         self._marker_required = marker_required
         self._tool_version = tool_version
+        self._unnoted: set[TinkerPath] = set()
+        """Committed, or about to be, and not in the catalog yet."""
         self._recorded: dict[str, Mapping[str, object]] = {}
         """By run what was written of it last."""
 
@@ -93,7 +99,9 @@ class Transferrer:
             committed = await self._finish(transfer, checkpoint, acquired, intake, await facts, repairs)
             committed = replace(committed, received=intake.received)
         except TinkerSyncError as error:
-            keep = isinstance(error, _INTERRUPTIONS)
+            keep = isinstance(error, _INTERRUPTIONS) and not isinstance(error, _ENDS)
+            if isinstance(error, ObjectChanged):
+                intake.starts_over(str(error))
             self._reporter.ended(transfer, str(error))
             raise
         except BaseException as error:
@@ -115,6 +123,8 @@ class Transferrer:
 
         A process that died between its rename and its note leaves this. Raises DiskTrouble.
         """
+        if transfer.path not in self._unnoted and not self._destination.may_have(transfer.path):
+            return False
         loop = asyncio.get_running_loop()
         found = await loop.run_in_executor(self._writers, self._destination.find, transfer.path)
         if found is None or not found.replica.identity.matches(transfer.identity):
@@ -160,9 +170,22 @@ class Transferrer:
         elif defects:
             kept = await intake.run(partial(stage.quarantine, checkpoint.identity, defects))
             raise Defective(defects, quarantine=kept)
+        if acquired.source == "files" and len(files) > 1:
+            await self._look_again(checkpoint)
+        self._unnoted.add(transfer.path)
         committed = await intake.commit(partial(stage.commit, manifest, strip=strip, repairs=repairs is not None))
         await self._record(committed, facts, intake)
         return committed
+
+    async def _look_again(self, checkpoint: Checkpoint) -> None:
+        """Files that came one after the other can be of two objects. Raises ObjectChanged, where that can be told."""
+        rows: Sequence[Checkpoint] = ()
+        with suppress(TinkerSyncError):
+            rows = await self._account.look(checkpoint.path.run_id)
+        row = next((row for row in rows if row.path == checkpoint.path), None)
+        if row is not None and not row.identity.matches(checkpoint.identity):
+            message = "it was overwritten while it was copied"
+            raise ObjectChanged(message)
 
     def _manifest_of(self, damaged: Replica) -> Manifest | None:
         """A damaged replica's own manifest, where it can still be read."""
@@ -182,6 +205,7 @@ class Transferrer:
     async def _note(self, committed: Committed) -> None:
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(self._indexer, self._catalog.add_replica, committed.replica)
+        self._unnoted.discard(committed.replica.path)
         if committed.superseded is not None:
             path = committed.replica.path
             await loop.run_in_executor(self._indexer, self._catalog.replace_superseded, path, committed.superseded)
@@ -233,6 +257,8 @@ class _Intake:
 
     async def resume(self, source: str, expected_bytes: int | None) -> Stage | None:
         await self.clean()
+        if not self._destination.has_interrupted(self._transfer.path):
+            return None
         opening = partial(self._destination.resume_stage, self._transfer.identity, source, expected_bytes)
         found = await self.run(opening, undo=_suspend)
         if found is None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from tinker_sync.ports import Body, Intake, Signer, StagedObject
 
 _OBJECT: Final = "archive"
-_ANOTHER: Final = "the archive upstream is another one now, or the storage serves no ranges of it any more"
+_NO_RANGES: Final = "the storage serves no ranges of it any more"
 
 
 class ArchiveSource:
@@ -52,7 +52,7 @@ class ArchiveSource:
         opening = self._downloader.open(signing.url, name=str(transfer.path), urgency=intake.urgency, start=start)
         async with opening as download:
             if begun is not None and download.begins == 0:
-                intake.starts_over(_ANOTHER)
+                intake.starts_over(_NO_RANGES)
                 begun = None
             unpacker = await self._begin(download, transfer, intake) if begun is None else begun[1]
             return await self._unpack(download, unpacker, intake, by_bare_id=by_bare_id)
@@ -69,7 +69,7 @@ class ArchiveSource:
             return None
         name = str(transfer.path)
         if not await self._downloader.still_has(sign, start, name=name, urgency=intake.urgency):
-            intake.starts_over(_ANOTHER)
+            intake.starts_over(_NO_RANGES)
             return None
         unpacker = Unpacker(staged, self._limits, transfer.size_bytes)
         try:

@@ -137,10 +137,10 @@ class Downloader:
 
     @asynccontextmanager
     async def open(self, sign: Sign, *, name: str, urgency: int, start: Start | None = None) -> AsyncIterator[Download]:
-        """Begin one: from `start` where that can be had, else from the first byte (`begins` says so).
+        """Begin one: from `start`, or from the first byte where the storage serves no ranges any more (`begins` says so).
 
-        `name` is the object's, whatever its URL. Raises StorageTrouble, NotTransferable, and what `sign` raises; so does
-        reading.
+        `name` is the object's, whatever its URL. Raises StorageTrouble (ObjectChanged where `start` is of another object),
+        NotTransferable, and what `sign` raises; so does reading.
         """
         download = Download(self, self._storage, self._lanes, self._clock, sign, name, urgency)
         await self._lanes.ahead.take(lambda: (0, urgency))  # lent, if need be
@@ -206,6 +206,7 @@ class Download:
         self._received = 0
         """Bytes that came, over all connections."""
         self._bug: BaseException | None = None
+        self._met_change = False
         self._changed = asyncio.Event()
         self._opened = AsyncExitStack()
         """The first answer, while it is read."""
@@ -350,8 +351,10 @@ class Download:
             try:
                 body = await self._opened.enter_async_context(opening)
             except StorageTrouble as trouble:
+                if trouble.status == 416 and start is not None:
+                    raise self._changed_at(url) from None  # shorter than it was
                 if trouble.status == 416 and spans:
-                    spans, start = start is not None, None  # shorter than it was, or empty
+                    spans = False  # empty
                     continue
                 if trouble.status not in _REFUSED or not fresh:
                     raise
@@ -363,10 +366,12 @@ class Download:
             span = None if body.status == 200 else self._understand(body, asked, start)
             if span is not None:
                 return body, span
+            if start is not None and _is_another(body, start):
+                raise self._changed_at(url)
             await self._opened.aclose()
             if start is None:
                 self._downloader.distrust(url.host)
-            start = None  # another object: from its first byte
+            start = None  # nothing tells: from the first byte
 
     def _first_span(self) -> Span:
         return Span(0, FIRST if self._lanes.connections.free > 0 else LONG)
@@ -438,12 +443,17 @@ class Download:
         else:
             changed = strong_validator(body.headers) not in (None, self.validator)
         if changed:
-            self._downloader.note_change(self._name)
-            message = f"the object at {url.host} changed while it was fetched: it is fetched anew"
-            raise ObjectChanged(message)
+            raise self._changed_at(url)
         self._downloader.distrust(url.host)
         message = f"{url.host} does not answer ranges as it should: it is fetched anew, over one connection"
         raise _Mixed(message)
+
+    def _changed_at(self, url: SignedUrl) -> ObjectChanged:
+        """Noted once, however many spans meet it."""
+        if not self._met_change:
+            self._met_change = True
+            self._downloader.note_change(self._name)
+        return ObjectChanged(f"the object at {url.host} changed while it was fetched: it is fetched anew")
 
     async def _receive(self, piece: _Piece, body: Body) -> None:
         async for chunk in body.chunks():
@@ -456,6 +466,12 @@ class Download:
                 raise _Mixed(message)
             self._received += len(chunk)
             await piece.put(chunk)
+
+
+def _is_another(body: Body, start: Start) -> bool:
+    """Whether an answer is of another object than the one that was begun, for certain."""
+    tag, served = strong_validator(body.headers), served_span(body.headers)
+    return tag not in (None, start.validator) or (served is not None and served[1] != start.length)
 
 
 class _Mixed(StorageTrouble):

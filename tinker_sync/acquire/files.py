@@ -15,13 +15,15 @@ from tinker_sync.acquire.download import Start
 from tinker_sync.acquire.meter import BodyMeter
 from tinker_sync.acquire.names import NameRegister
 from tinker_sync.acquire.unpack import Gunzip
-from tinker_sync.errors import DiskTrouble, NotTransferable, StorageTrouble
+from tinker_sync.errors import DiskTrouble, NotTransferable, ObjectChanged, StorageTrouble
 from tinker_sync.integrity import judge_body, read_claim
 from tinker_sync.model.evidence import Claim, Defect, Kind, SeenFile
 from tinker_sync.model.moments import FAR_FUTURE
 from tinker_sync.model.paths import PathInvalid, PayloadPath
+from tinker_sync.stopping import outlast
 
 if TYPE_CHECKING:
+    from collections.abc import Coroutine, Sequence
     from datetime import datetime
 
     from tinker_sync.acquire.download import Downloader, Sign
@@ -69,16 +71,8 @@ class FilesSource:
             defects.extend(faults)
             return seen
 
-        try:
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(one(key, path)) for key, path in paths.items()]
-        except BaseExceptionGroup as several:
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():  # a group that ends already swallows that
-                raise asyncio.CancelledError from None
-            serious = [error for error in several.exceptions if not isinstance(error, StorageTrouble)]
-            raise (serious or several.exceptions)[0] from None
-        return Acquired([task.result() for task in tasks], defects, "files", claims)
+        seen = await _together([one(key, path) for key, path in paths.items()])
+        return Acquired(seen, defects, "files", claims)
 
     async def _fetch(
         self, sign: Sign, transfer: Transfer, path: PayloadPath, stage: Stage, intake: Intake
@@ -109,7 +103,7 @@ class FilesSource:
         if staged is None or start is None:
             return None
         if not await self._downloader.still_has(sign, start, name=name, urgency=intake.urgency):
-            intake.starts_over(f"{path} is another file now, or the storage serves no ranges of it any more")
+            intake.starts_over(f"{path}: the storage serves no ranges of it any more")
             return None
         try:
             sink = _FileSink(staged.claim, await intake.run(partial(staged.write, path, staged.claim.length)))
@@ -206,6 +200,31 @@ class _Signing:
         if current.expires is None or current.expires <= now:
             return FAR_FUTURE
         return current.expires - min(_RENEW_BEFORE, (current.expires - now) / 10)
+
+
+async def _together(works: Sequence[Coroutine[None, None, SeenFile]]) -> list[SeenFile]:
+    """Side by side; one that fails ends the others. Raises what is most serious, or the cancellation.
+
+    asyncio.TaskGroup of Python 3.11 does not let one tell a failure from a cancellation that meets it.
+    """
+    tasks = [asyncio.create_task(work) for work in works]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await outlast(asyncio.gather(*tasks, return_exceptions=True))
+    errors = [error for task in tasks if not task.cancelled() and (error := task.exception()) is not None]
+    if errors:
+        raise min(errors, key=_seriousness)
+    return [task.result() for task in tasks]
+
+
+def _seriousness(error: BaseException) -> int:
+    """What tells most about the checkpoint comes first, what another attempt mends last."""
+    if isinstance(error, ObjectChanged):
+        return 0
+    return 2 if isinstance(error, StorageTrouble) else 1
 
 
 def _parse_names(keys: list[str]) -> tuple[dict[str, PayloadPath], list[Defect]]:

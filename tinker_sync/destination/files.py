@@ -84,10 +84,16 @@ def replace_file(path: Path, content: bytes, *, mode: int = 0o600) -> None:
 def read_small(path: Path) -> bytes:
     """The content of a regular file; a FIFO in its place does not hold us up. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    with open(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
             raise OSError(errno.EINVAL, "is no regular file", str(path))
-        return file.read()
+        content = bytearray()
+        while piece := os.read(descriptor, max(4096, found.st_size + 1 - len(content))):
+            content += piece
+        return bytes(content)
+    finally:
+        os.close(descriptor)
 
 
 def write_new(path: Path, content: bytes, *, mode: int) -> None:
@@ -104,6 +110,13 @@ def write_new(path: Path, content: bytes, *, mode: int) -> None:
         os.close(descriptor)
 
 
+def make_directory(path: Path, *, mode: int) -> None:
+    """`mkdir` with `mode`, whatever the umask. Raises OSError."""
+    os.mkdir(path, mode)
+    if mode & _OTHERS:
+        os.chmod(path, mode)
+
+
 def make_directories(path: Path, *, mode: int) -> list[Path]:
     """`mkdir -p` with `mode`; returns the directories whose new entries must be made durable. Raises OSError."""
     missing: list[Path] = []
@@ -113,9 +126,7 @@ def make_directories(path: Path, *, mode: int) -> list[Path]:
         current = current.parent
     for directory in reversed(missing):
         with suppress(FileExistsError):
-            directory.mkdir(mode=mode)
-            if mode & _OTHERS:
-                directory.chmod(mode)
+            make_directory(directory, mode=mode)
     return [directory.parent for directory in missing]
 
 

@@ -10,6 +10,7 @@ It refuses to write outside the root, to overwrite a replica, and to touch a dir
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -30,6 +31,7 @@ from tinker_sync.destination.files import (
     disk_errors,
     fsync_directory,
     make_directories,
+    make_directory,
     replace_file,
     write_new,
 )
@@ -130,6 +132,8 @@ class LocalTree:
         self._durable: set[Path] = set()
         """Directories whose own names are durable already: their parents need no fsync for them again."""
         self._latest: dict[tuple[str, str], datetime] = {}
+        self._new: set[tuple[str, str]] = set()
+        """Runs and segments that had no directory when it was first looked for one."""
 
     @property
     def options(self) -> TreeOptions:
@@ -150,11 +154,16 @@ class LocalTree:
         try:
             with disk_errors("cannot make a stage in", self.root):
                 home = self.area("staging") / f"{compact(self.now())}-{os.urandom(6).hex()}"
-                make_directories(home / _PAYLOAD, mode=self._options.dir_mode)
+                for directory in (home, home / _PAYLOAD):
+                    make_directory(directory, mode=self._options.dir_mode)
         except BaseException:
             reservation.release()
             raise
         return LocalStage(self, identity, home, reservation)
+
+    def has_interrupted(self, path: TinkerPath) -> bool:
+        """Whether an earlier attempt left something."""
+        return path in self._interrupted
 
     def resume_stage(self, identity: Identity, source: str, expected_bytes: int | None) -> Interrupted | None:
         """What an earlier attempt at this very object left, by that source. Raises NoSpace, DiskTrouble."""
@@ -174,7 +183,7 @@ class LocalTree:
             stage.abort()
             return Interrupted(None, str(error))
         try:
-            stage.reserve(self._space.reserve(max(0, (expected_bytes or 0) - note.kept)))
+            stage.reserve(self._space.reserve(max(0, max(expected_bytes or 0, note.promised) - note.kept)))
         except BaseException:
             self.keep_interrupted(home)
             raise
@@ -260,11 +269,11 @@ class LocalTree:
             for home in sorted(self.area("staging").iterdir()):
                 base = _whole_stage(home)
                 if base is not None:
-                    manifest, _ = read_manifest(base)
+                    manifest, digest = read_manifest(base)
                     with suppress(TransferFailed), disk_errors("cannot flush", base):
                         _fsync_directories(base)  # its process may have died before it did
                         fsync_directory(home)
-                        committed.append(self.place(base, manifest, home, repairs=True))
+                        committed.append(self.place(base, manifest, digest, home, repairs=True))
                     _remove_tree(home)
                 else:
                     self.keep_interrupted(home)
@@ -273,8 +282,8 @@ class LocalTree:
                 _remove_tree(leftover)
         return committed
 
-    def place(self, base: Path, manifest: Manifest, home: Path, *, repairs: bool) -> Committed:
-        """Give a whole, durable stage its final name. Raises NoSpace, DiskTrouble."""
+    def place(self, base: Path, manifest: Manifest, digest: str, home: Path, *, repairs: bool) -> Committed:
+        """Give a whole, durable stage its final name; `digest` is of its manifest's file. Raises NoSpace, DiskTrouble."""
         self.check()
         with self._renames, disk_errors("cannot commit into", self.root):
             ancestors = [self.root]
@@ -295,13 +304,16 @@ class LocalTree:
                 if directory not in self._durable:
                     fsync_directory(directory.parent)
                     self._durable.add(directory)
-            _, digest = read_manifest(final)
             replica = self._as_replica(final, manifest, digest, superseded=False)
             superseded = None
             if moved is not None and moved.parent == parent:
                 superseded = self._limit_superseded(parent, final.name)
             self._point_latest(manifest, final)
         return Committed(replica, superseded)
+
+    def may_have(self, path: TinkerPath) -> bool:
+        """False where nothing can stand under a path's name but what this tree put there since it was opened."""
+        return (path.run_id, path.segment) not in self._new
 
     def find(self, path: TinkerPath) -> Committed | None:
         """The replica that stands under a path's name, whatever the catalog knows. Raises DiskTrouble.
@@ -311,6 +323,10 @@ class LocalTree:
         with disk_errors("cannot look into", self.root):
             parent = self.root / self._free_name(self.root, path.run_id)
             parent /= self._free_name(parent, path.segment)
+            if not parent.is_dir():
+                self.check()
+                self._new.add((path.run_id, path.segment))
+                return None
             final = parent / self._free_name(parent, path.name)
             look = self._look(final) if final.is_dir() and not final.is_symlink() else None
         if not isinstance(look, Replica) or look.path != path:
@@ -384,13 +400,13 @@ class LocalTree:
         with disk_errors("cannot restore", home):
             there = self.find(manifest.tinker_path)
             if there is None:
-                return self.place(home, manifest, home, repairs=False)
+                return self.place(home, manifest, read.manifest_sha256, home, repairs=False)
             if there.replica.identity.matches(manifest.identity):
                 if not self.read(there.replica.directory).defects:
                     message = f"{manifest.tinker_path} is here already, whole: nothing was restored"
                     raise DiskTrouble(message)
                 self.retire(there.replica.directory)
-                return self.place(home, manifest, home, repairs=False)
+                return self.place(home, manifest, read.manifest_sha256, home, repairs=False)
             with self._renames:
                 final = self.root / there.replica.directory
                 aside = final.with_name(superseded_name(final.name, manifest.time))
@@ -624,6 +640,10 @@ class LocalStage:
         self._objects: dict[str, StagedObject] = {}
         self._noting = threading.Lock()
         self._unnoted = 0
+        self._noted = False
+        """Whether there is a note."""
+        self._nested = False
+        """Whether the payload can have directories."""
 
     @property
     def payload(self) -> Path:
@@ -655,6 +675,7 @@ class LocalStage:
         options = self._tree.options
         target = self.payload.joinpath(*path.parts)
         if len(path.parts) > 1:
+            self._nested = True
             with disk_errors("cannot make", target.parent):
                 make_directories(target.parent, mode=options.dir_mode)
         writer = HashingWriter(
@@ -676,6 +697,7 @@ class LocalStage:
     def make_directory(self, path: PayloadPath) -> None:
         """Make an empty directory. Raises NoSpace, DiskTrouble."""
         target = self.payload.joinpath(*path.parts)
+        self._nested = True
         with disk_errors("cannot make", target):
             make_directories(target, mode=self._tree.options.dir_mode)
 
@@ -684,12 +706,15 @@ class LocalStage:
         try:
             self._settle()
             base = self.payload / strip if strip is not None else self.payload
+            content = manifest.to_bytes()
             with disk_errors("cannot commit", base):
-                write_new(base / MANIFEST_NAME, manifest.to_bytes(), mode=self._tree.options.file_mode)
-                _fsync_directories(base)
-                (self._home / PROGRESS_FILE).unlink(missing_ok=True)
+                write_new(base / MANIFEST_NAME, content, mode=self._tree.options.file_mode)
+                self._fsync_directories(base)
+                if self._noted:
+                    (self._home / PROGRESS_FILE).unlink(missing_ok=True)
                 fsync_directory(self._home)
-            return self._tree.place(base, manifest, self._home, repairs=repairs)
+            digest = hashlib.sha256(content).hexdigest()
+            return self._tree.place(base, manifest, digest, self._home, repairs=repairs)
         finally:
             self.abort()
 
@@ -740,6 +765,7 @@ class LocalStage:
 
     def load(self, note: Note) -> None:
         """Take up what an earlier attempt noted; everything else is removed. Raises DiskTrouble."""
+        self._nested = self._noted = True
         with disk_errors("cannot go on with", self._home):
             try:
                 objects = [StagedObject.from_json(self, document) for document in note.objects]
@@ -753,6 +779,12 @@ class LocalStage:
                     if path.is_symlink() or not (path.is_dir() or path in kept):
                         path.unlink()
         self._objects = {found.key: found for found in objects}
+
+    def _fsync_directories(self, base: Path) -> None:
+        if self._nested:
+            _fsync_directories(base)
+        else:
+            fsync_directory(base)
 
     def _settle(self) -> None:
         for writer in self._writers:
@@ -780,6 +812,7 @@ class LocalStage:
             with disk_errors("cannot note progress in", self._home):
                 _fsync_directories(self._home)
                 fsync_directory(self._home.parent)
+                self._noted = True
                 replace_file(self._home / PROGRESS_FILE, content)
 
     def _note_of(self, objects: Sequence[StagedObject]) -> Note:

@@ -219,7 +219,7 @@ class Note:
     def to_bytes(self) -> bytes | None:
         """For the file; None where it is too large for one that is believed."""
         document = self.as_json()
-        content = json_bytes({**document, _DIGEST: _digest(document)})
+        content = json_bytes({**document, _DIGEST: _digest(document)}, indent=None)
         return content if len(content) <= _MOST_NOTE else None
 
     @property
@@ -233,6 +233,11 @@ class Note:
         return all(str(found["key"]).partition(":")[0] == source for found in self.objects)
 
     @property
+    def promised(self) -> int:
+        """Bytes of the whole objects, as far as the storage said."""
+        return sum(int(found["claim"].get("length") or 0) for found in self.objects)
+
+    @property
     def kept(self) -> int:
         """Bytes of files that are durable."""
         return sum(int(part.get("bytes", 0)) for found in self.objects for part in found["parts"])
@@ -240,7 +245,7 @@ class Note:
 
 def _digest(document: dict[str, Any]) -> str:
     """Of a note without it."""
-    return hashlib.sha256(json_bytes(document)).hexdigest()
+    return hashlib.sha256(json_bytes(document, indent=None)).hexdigest()
 
 
 def read_note(home: Path) -> Note | None:
@@ -255,7 +260,7 @@ def read_note(home: Path) -> Note | None:
             TinkerPath.parse(document["tinker_path"]), parse_time(document["time"]), document["size_bytes"]
         )
         note = Note(identity, parse_time(document["noted_at"]), tuple(document["objects"]))
-        read = (note.kept, note.reason, note.is_of(""))  # whatever lacks a key raises here
+        read = (note.kept, note.promised, note.reason, note.is_of(""))  # whatever lacks a key raises here
         return note if read[0] >= 0 else None
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
