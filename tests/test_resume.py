@@ -39,7 +39,7 @@ from tinker_sync.catalog.store import CatalogUnusable
 from tinker_sync.destination import files as durable
 from tinker_sync.destination import local, progress
 from tinker_sync.errors import DiskTrouble, NoSpace, StorageTrouble
-from tinker_sync.model.checkpoint import Identity
+from tinker_sync.model.checkpoint import Identity, Sighting
 from tinker_sync.model.evidence import Claim
 from tinker_sync.model.manifest import FileEntry
 from tinker_sync.model.moments import rfc3339
@@ -315,6 +315,74 @@ async def test_files_of_two_objects_are_no_replica(site: Site) -> None:
     assert [found.name for found in site.directory(made.path).parent.iterdir()] == ["big"]
 
 
+async def test_what_left_no_note_is_not_taken_for_what_was_overwritten(site: Site) -> None:
+    """A small one, cut and overwritten before the next attempt: no ETag tells, a look at the run does."""
+    made = site.sandbox.account.add(RUN, "big", payload=adapter(1), time=NOW)
+    fresh, later = adapter(2), NOW + timedelta(minutes=5)
+
+    def overwrite() -> None:
+        made.payload, made.time = fresh, later
+
+    site.sandbox.faults.append(Fault("storage", "cut", times=1, at=2000))
+    site.sandbox.quirks.etags = site.sandbox.quirks.ranges = site.sandbox.quirks.digests = False
+    result = await site.sync(After(1000, overwrite))
+    assert result.transferred == [made.path]
+    stands_as_itself(site, made.path, fresh, later)
+
+
+@pytest.mark.usefixtures("_often")
+async def test_what_is_overwritten_all_the_time_is_a_failure_in_the_end(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """External files that never hold still: three attempts, and it is told, with a time for the next."""
+    files = tuple(safetensors(f"part-{n}.safetensors", {"m": ("U8", [50_000])}, n) for n in range(3))
+    made = site.sandbox.account.add(RUN, "big", "external", payload=Payload((adapter(1).files[0], *files)), time=NOW)
+    async with site.opened() as mirror:
+        acquire = mirror._transferrer._files.acquire
+
+        async def acquire_and_overwrite(*given: Any) -> Any:
+            acquired = await acquire(*given)
+            made.time += timedelta(minutes=1)
+            return acquired
+
+        monkeypatch.setattr(mirror._transferrer._files, "acquire", acquire_and_overwrite)
+        async with asyncio.timeout(20):
+            result = await mirror.sync()
+    assert result.transferred == []
+    assert "overwritten while it was copied" in result.failed[made.path][0]
+    assert site.staging() == []
+
+
+async def test_a_listing_begun_before_brings_nothing_overwritten_back(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends after a look at the run: what it shows of that checkpoint is old."""
+    made = site.sandbox.account.add(RUN, "big", payload=adapter(1), time=NOW)
+    async with site.opened() as mirror:
+        before = await mirror._survey()
+        made.payload, made.time = adapter(2), NOW + timedelta(minutes=5)
+        (row,) = await mirror._account.look(RUN)
+        mirror._overwritten[row.path] = (mirror._clock.now(), row)
+        assert mirror._up_to_date(before).checkpoints == (row,)
+        later = await mirror._survey()
+        assert mirror._up_to_date(later) is later
+        assert mirror._overwritten == {}
+
+
+async def test_a_plan_begun_before_a_commit_asks_for_nothing_again(site: Site) -> None:
+    """Offered once more, though it is here: it is found, not fetched."""
+    made = site.sandbox.account.add(RUN, "one", payload=adapter(1))
+    async with site.opened() as mirror:
+        known = mirror._catalog.known()
+        result = await mirror.sync()
+        assert result.transferred == [made.path]
+        asked = len(site.sandbox.storage_requests)
+        await mirror._plan(Sighting(tuple(mirror._rows.values()), NOW, ()), known)
+        assert len(mirror._queue.pending()) == 1
+        await mirror._work()
+        assert (result.failed, len(site.sandbox.storage_requests)) == ({}, asked)
+
+
 @pytest.mark.usefixtures("_often")
 async def test_a_refusal_to_sign_again_keeps_what_is_here(site: Site) -> None:
     """402 in the middle: when the bill is paid it goes on."""
@@ -404,13 +472,16 @@ async def test_what_was_kept_is_read_before_it_is_believed(site: Site, harm: str
     else:
 
         def flip(note: dict[str, Any]) -> None:
-            (header, *_) = note["objects"][0]["parts"]
-            framing = bytearray(base64.b64decode(header["framing"]))
-            framing[-1] ^= 1  # padding, which nothing else would notice
-            header["framing"] = base64.b64encode(framing).decode()
+            behind = note["objects"][0]["parts"][2]
+            framing = bytearray(base64.b64decode(behind["framing"]))
+            assert framing[0] == 0
+            framing[0] = 1  # padding behind the first file, which nothing else would notice
+            behind["framing"] = base64.b64encode(framing).decode()
 
         edit_note(home, flip, seal=False)
+    site.sandbox.storage_requests.clear()
     assert (await site.sync()).transferred == [made.path]
+    assert min(first_bytes(site)) == 0
     assert site.payload(made.path) == expected(payload)
     assert site.staging() == []
 

@@ -38,7 +38,7 @@ from tinker_sync.errors import (
     TransferFailed,
     place_of,
 )
-from tinker_sync.model.checkpoint import Listing
+from tinker_sync.model.checkpoint import Listing, Sighting
 from tinker_sync.model.events import Event
 from tinker_sync.model.moments import rfc3339
 from tinker_sync.model.news import News
@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Executor
 
     from tinker_sync.enforcement import EnforcementSettings, Enforcer
-    from tinker_sync.model.checkpoint import Checkpoint, Sighting
+    from tinker_sync.model.checkpoint import Checkpoint
     from tinker_sync.model.paths import TinkerPath
     from tinker_sync.model.work import Committed, Replica, Transfer
     from tinker_sync.planning import Known
@@ -68,6 +68,7 @@ if TYPE_CHECKING:
     from tinker_sync.transfer import Transferrer
 
 T = TypeVar("T")
+Found = TypeVar("Found", bound=Listing | Sighting)
 _Outcome = tuple[Literal["committed", "failed", "skipped"], str, int]
 """What became of a transfer that was asked for: how it ended, why, and bytes."""
 _NO_ALLOWANCE: Final = (
@@ -215,6 +216,8 @@ class Mirror:
         self._settings = settings
         self._jitter = jitter
         self._rows: dict[TinkerPath, Checkpoint] = {}
+        self._overwritten: dict[TinkerPath, tuple[datetime, Checkpoint]] = {}
+        """Seen by a look at the run, then: a listing that was begun before shows what was there before."""
         self._repairs: dict[TinkerPath, Replica] = {}
         self._asked_for: dict[TinkerPath, Transfer] = {}
         """What somebody named: transferred first, whatever selection, back-off and the record of refusals say."""
@@ -398,7 +401,7 @@ class Mirror:
 
     async def _peek(self) -> None:
         """A large account that was listed a while ago: one page shows what is new."""
-        found = await self._account.peek()
+        found = self._up_to_date(await self._account.peek())
         fresh = []
         for row in found.checkpoints:
             known = self._rows.get(row.path)
@@ -556,7 +559,7 @@ class Mirror:
             self._changed.set()
 
     async def _poll(self) -> None:
-        found = await self._survey()
+        found = self._up_to_date(await self._survey())
         known = await self._index(self._catalog.known_of_missing)
         await asyncio.to_thread(self._destination.forget_old_stages)
         self._note_listing(found)
@@ -564,6 +567,14 @@ class Mirror:
         shown = {checkpoint.path: checkpoint for checkpoint in found.checkpoints}
         self._rows = shown if isinstance(found, Listing) else self._rows | shown
         await self._plan(found, known)
+
+    def _up_to_date(self, found: Found) -> Found:
+        """With what was seen since it was begun."""
+        self._overwritten = {path: seen for path, seen in self._overwritten.items() if seen[0] >= found.seen_at}
+        if not self._overwritten:
+            return found
+        rows = (self._overwritten.get(row.path, (None, row))[1] for row in found.checkpoints)
+        return replace(found, checkpoints=tuple(rows))
 
     async def _plan(self, found: Listing | Sighting, known: Known) -> None:
         """Decide by what was shown what waits for transfer; a poll by one page comes with all that is known."""
@@ -740,6 +751,8 @@ class Mirror:
                 self._queue.done(transfer)
                 self._over(transfer.path, "skipped", "it was overwritten or deleted meanwhile", 0)
                 return
+            if effort.attempts and await self._is_another_now(transfer):  # what was kept would not tell in every case
+                return
             repairs = self._repairs.get(transfer.path)
             if repairs is None and await self._transferrer.adopt(transfer):
                 self._queue.done(transfer)
@@ -819,9 +832,9 @@ class Mirror:
             self._queue.done(transfer)
             await self._not_served(transfer, error)
         else:
-            if isinstance(error, ObjectChanged) and await self._is_another_now(transfer):
-                return
             effort.attempts += 1
+            if isinstance(error, ObjectChanged) and effort.attempts < ATTEMPTS and await self._is_another_now(transfer):
+                return
             if isinstance(error, NoSpace):
                 self._full = True
             elif isinstance(error, TransferFailed) and error.again_now and effort.attempts < ATTEMPTS:
@@ -933,18 +946,18 @@ class Mirror:
             return False
         log.info("transfer.overwritten", checkpoint=str(path))
         self._queue.done(transfer)
-        self._efforts.pop(path, None)
         self._rows = self._rows | {path: row}
+        self._overwritten[path] = (self._clock.now(), row)
         self._note_repair(path, known)
         if path in self._asked_for:
             plan = self._plan_asked([row], known)
             self._asked_for |= {asked.path: asked for asked in plan.transfers}
+            if not plan.transfers:
+                self._over(path, "skipped", "it was overwritten while it was copied", 0)
+            self._offer([waiting for waiting in self._queue.pending() if waiting.path != path])
         else:
-            plan = plan_transfers([row], known, self._settings.selection, now=self._clock.now())
-        self._note_plan(plan)
-        if not plan.transfers:
-            self._over(path, "skipped", self.result.skipped.get(path, "it was overwritten while it was copied"), 0)
-        self._offer([*(waiting for waiting in self._queue.pending() if waiting.path != path), *plan.transfers])
+            shown = Sighting(tuple(self._rows.values()), self._clock.now(), ("one run was looked at",))
+            await self._plan(shown, known)
         return True
 
     def _plan_asked(self, rows: Sequence[Checkpoint], known: Known) -> TransferPlan:

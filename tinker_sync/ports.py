@@ -308,6 +308,10 @@ class Stage(Protocol):
         """What an earlier attempt kept of an object."""
         ...
 
+    def worthless(self, key: str) -> str:
+        """Why what was kept of an object cannot be gone on with; empty where it can be, or nothing was kept."""
+        ...
+
     def stage_object(self, key: str, validator: str | None, claim: Claim) -> StagedObject:
         """Begin an object; what was kept under that key is dropped. Raises NoSpace, DiskTrouble."""
         ...

@@ -44,6 +44,7 @@ _INTERRUPTIONS: Final = (StorageTrouble, ServiceTrouble, RequestRefused)
 _ENDS: Final = (ObjectChanged, NotFound, NotServed)
 """but not after these: what came is of no use."""
 _MOST_RECORDED: Final = 100
+_MOST_COMMITTED: Final = 10_000
 log = structlog.get_logger()
 
 
@@ -76,8 +77,8 @@ class Transferrer:
         self._indexer = indexer
         self._marker_required = marker_required
         self._tool_version = tool_version
-        self._unnoted: set[TinkerPath] = set()
-        """Committed, or about to be, and not in the catalog yet."""
+        self._committed: dict[TinkerPath, None] = {}
+        """What was committed here, or nearly, the last of it: a plan that was begun before can ask for it again."""
         self._recorded: dict[str, Mapping[str, object]] = {}
         """By run what was written of it last."""
 
@@ -123,7 +124,7 @@ class Transferrer:
 
         A process that died between its rename and its note leaves this. Raises DiskTrouble.
         """
-        if transfer.path not in self._unnoted and not self._destination.may_have(transfer.path):
+        if transfer.path not in self._committed and not self._destination.may_have(transfer.path):
             return False
         loop = asyncio.get_running_loop()
         found = await loop.run_in_executor(self._writers, self._destination.find, transfer.path)
@@ -172,7 +173,9 @@ class Transferrer:
             raise Defective(defects, quarantine=kept)
         if acquired.source == "files" and len(files) > 1:
             await self._look_again(checkpoint)
-        self._unnoted.add(transfer.path)
+        self._committed[transfer.path] = None
+        if len(self._committed) > _MOST_COMMITTED:
+            del self._committed[next(iter(self._committed))]
         committed = await intake.commit(partial(stage.commit, manifest, strip=strip, repairs=repairs is not None))
         await self._record(committed, facts, intake)
         return committed
@@ -205,7 +208,6 @@ class Transferrer:
     async def _note(self, committed: Committed) -> None:
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(self._indexer, self._catalog.add_replica, committed.replica)
-        self._unnoted.discard(committed.replica.path)
         if committed.superseded is not None:
             path = committed.replica.path
             await loop.run_in_executor(self._indexer, self._catalog.replace_superseded, path, committed.superseded)

@@ -11,6 +11,7 @@ from tinker_sync.acquire.tar import Limits
 from tinker_sync.acquire.unpack import Unpacker
 from tinker_sync.errors import DiskTrouble, NotTransferable, StorageTrouble
 from tinker_sync.integrity import read_claim
+from tinker_sync.model.moments import rfc3339
 
 if TYPE_CHECKING:
     from tinker_sync.acquire.directory import DirectorySource
@@ -49,7 +50,7 @@ class ArchiveSource:
         signing = _Signing(self._signer, transfer, listed_id, url, by_bare_id=by_bare_id)
         begun = await self._go_on(transfer, signing.url, intake)
         start = None if begun is None else Start.of(begun[0])
-        opening = self._downloader.open(signing.url, name=str(transfer.path), urgency=intake.urgency, start=start)
+        opening = self._downloader.open(signing.url, name=_name(transfer), urgency=intake.urgency, start=start)
         async with opening as download:
             if begun is not None and download.begins == 0:
                 intake.starts_over(_NO_RANGES)
@@ -67,8 +68,7 @@ class ArchiveSource:
         start = None if staged is None else Start.of(staged)
         if staged is None or start is None:
             return None
-        name = str(transfer.path)
-        if not await self._downloader.still_has(sign, start, name=name, urgency=intake.urgency):
+        if not await self._downloader.still_has(sign, start, name=_name(transfer), urgency=intake.urgency):
             intake.starts_over(_NO_RANGES)
             return None
         unpacker = Unpacker(staged, self._limits, transfer.size_bytes)
@@ -111,6 +111,11 @@ class ArchiveSource:
             body.chunks(), intake, unpacker.feed, finish, lambda: unprovable and unpacker.hopeless
         )
         return Acquired(files, defects, "archive", {"archive": claim}, by_bare_id)
+
+
+def _name(transfer: Transfer) -> str:
+    """Of one object, and not of what takes its place."""
+    return f"{transfer.path} {rfc3339(transfer.time)}"
 
 
 class _Signing:

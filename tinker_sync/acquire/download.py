@@ -352,7 +352,7 @@ class Download:
                 body = await self._opened.enter_async_context(opening)
             except StorageTrouble as trouble:
                 if trouble.status == 416 and start is not None:
-                    raise self._changed_at(url) from None  # shorter than it was
+                    raise _changed(url) from None  # shorter than it was
                 if trouble.status == 416 and spans:
                     spans = False  # empty
                     continue
@@ -367,7 +367,7 @@ class Download:
             if span is not None:
                 return body, span
             if start is not None and _is_another(body, start):
-                raise self._changed_at(url)
+                raise _changed(url)
             await self._opened.aclose()
             if start is None:
                 self._downloader.distrust(url.host)
@@ -443,17 +443,13 @@ class Download:
         else:
             changed = strong_validator(body.headers) not in (None, self.validator)
         if changed:
-            raise self._changed_at(url)
+            if not self._met_change:  # once, however many spans meet it
+                self._met_change = True
+                self._downloader.note_change(self._name)
+            raise _changed(url)
         self._downloader.distrust(url.host)
         message = f"{url.host} does not answer ranges as it should: it is fetched anew, over one connection"
         raise _Mixed(message)
-
-    def _changed_at(self, url: SignedUrl) -> ObjectChanged:
-        """Noted once, however many spans meet it."""
-        if not self._met_change:
-            self._met_change = True
-            self._downloader.note_change(self._name)
-        return ObjectChanged(f"the object at {url.host} changed while it was fetched: it is fetched anew")
 
     async def _receive(self, piece: _Piece, body: Body) -> None:
         async for chunk in body.chunks():
@@ -466,6 +462,10 @@ class Download:
                 raise _Mixed(message)
             self._received += len(chunk)
             await piece.put(chunk)
+
+
+def _changed(url: SignedUrl) -> ObjectChanged:
+    return ObjectChanged(f"the object at {url.host} changed while it was fetched: it is fetched anew")
 
 
 def _is_another(body: Body, start: Start) -> bool:

@@ -18,7 +18,7 @@ from tinker_sync.acquire.unpack import Gunzip
 from tinker_sync.errors import DiskTrouble, NotTransferable, ObjectChanged, StorageTrouble
 from tinker_sync.integrity import judge_body, read_claim
 from tinker_sync.model.evidence import Claim, Defect, Kind, SeenFile
-from tinker_sync.model.moments import FAR_FUTURE
+from tinker_sync.model.moments import FAR_FUTURE, rfc3339
 from tinker_sync.model.paths import PathInvalid, PayloadPath
 from tinker_sync.stopping import outlast
 
@@ -77,7 +77,7 @@ class FilesSource:
     async def _fetch(
         self, sign: Sign, transfer: Transfer, path: PayloadPath, stage: Stage, intake: Intake
     ) -> tuple[SeenFile, Claim, list[Defect]]:
-        name = f"{transfer.path} {path}"
+        name = f"{transfer.path} {rfc3339(transfer.time)} {path}"
         begun = await self._go_on(path, name, sign, stage, intake)
         start = None if begun is None else Start.of(begun[0])
         async with self._downloader.open(sign, name=name, urgency=intake.urgency, start=start) as download:
@@ -98,9 +98,12 @@ class FilesSource:
 
         First it is asked whether the storage still has the rest.
         """
-        staged = stage.staged(f"{_SOURCE}:{path}")
+        key = f"{_SOURCE}:{path}"
+        staged = stage.staged(key)
         start = None if staged is None else Start.of(staged)
         if staged is None or start is None:
+            if reason := stage.worthless(key):
+                intake.starts_over(f"{path}: {reason}")
             return None
         if not await self._downloader.still_has(sign, start, name=name, urgency=intake.urgency):
             intake.starts_over(f"{path}: the storage serves no ranges of it any more")

@@ -120,6 +120,8 @@ class LocalTree:
         self.flusher = flusher or ThreadPoolExecutor(_FLUSHES, thread_name_prefix="flush")
         """Where files are made durable while others are written; starts no thread before the first."""
         self._interrupted: dict[TinkerPath, _Waiting] = {}
+        self._keeping = threading.Lock()
+        """Held to change that."""
         self._options = options
         self._space = space
         self.now = now
@@ -168,7 +170,8 @@ class LocalTree:
     def resume_stage(self, identity: Identity, source: str, expected_bytes: int | None) -> Interrupted | None:
         """What an earlier attempt at this very object left, by that source. Raises NoSpace, DiskTrouble."""
         self.check()
-        waiting = self._interrupted.pop(identity.path, None)
+        with self._keeping:
+            waiting = self._interrupted.pop(identity.path, None)
         if waiting is None:
             return None
         home = waiting.home
@@ -197,16 +200,17 @@ class LocalTree:
             return
         if note.reason:  # the next attempt says so; the bytes are of no use
             _remove_tree(home / _PAYLOAD)
-        before = self._interrupted.get(note.identity.path)
+        with self._keeping:
+            before = self._interrupted.get(note.identity.path)
+            self._interrupted[note.identity.path] = _Waiting(home, note.noted_at, note.kept)
         if before is not None and before.home != home:
             _remove_tree(before.home)
-        self._interrupted[note.identity.path] = _Waiting(home, note.noted_at, note.kept)
 
     def forget_old_stages(self) -> None:
         """Remove what nobody came back for within a week: it is gone upstream by now."""
         for path, found in list(self._interrupted.items()):
             if self.now() - found.noted_at > _INTERRUPTED_LIVE:
-                self._forget(path)
+                self._forget(path, found)
 
     def check(self) -> None:
         """Whether the root is the directory that was opened. Raises DiskTrouble: what is below it now is not the mirror."""
@@ -251,13 +255,16 @@ class LocalTree:
     def _reclaim_interrupted(self) -> bool:
         """Remove the one that waits longest: whether there was one."""
         oldest = min(list(self._interrupted.items()), key=lambda item: item[1].noted_at, default=None)
-        return oldest is not None and self._forget(oldest[0])
+        return oldest is not None and self._forget(*oldest)
 
-    def _forget(self, path: TinkerPath) -> bool:
-        found = self._interrupted.pop(path, None)
-        if found is not None:
-            _remove_tree(found.home)
-        return found is not None
+    def _forget(self, path: TinkerPath, found: _Waiting) -> bool:
+        """Remove it, unless an attempt took it meanwhile."""
+        with self._keeping:
+            if self._interrupted.get(path) is not found:
+                return False
+            del self._interrupted[path]
+        _remove_tree(found.home)
+        return True
 
     def recover(self) -> list[Committed]:
         """Put right what a dead process left: finish whole stages, keep what can be gone on with. Needs the lock.
@@ -642,6 +649,8 @@ class LocalStage:
         self._unnoted = 0
         self._noted = False
         """Whether there is a note."""
+        self._too_many = False
+        """Whether the last note said that no note can be made of so many files."""
         self._nested = False
         """Whether the payload can have directories."""
 
@@ -658,6 +667,11 @@ class LocalStage:
         """What an earlier attempt kept of an object, where it can be gone on with."""
         found = self._objects.get(key)
         return None if found is None or found.reason else found
+
+    def worthless(self, key: str) -> str:
+        """Why what was kept of an object cannot be gone on with; empty where it can be, or nothing was kept."""
+        found = self._objects.get(key)
+        return "" if found is None else found.reason
 
     def stage_object(self, key: str, validator: str | None, claim: Claim) -> StagedObject:
         """Begin an object; what was kept under that key is dropped. Raises NoSpace, DiskTrouble."""
@@ -801,14 +815,14 @@ class LocalStage:
         with self._noting:
             self._unnoted += durable
             objects = list(self._objects.values())  # others are begun meanwhile
-            if self._unnoted < FLUSH_EVERY or all(found.validator is None for found in objects):
+            if self._unnoted < FLUSH_EVERY or self._too_many or all(found.validator is None for found in objects):
                 return
             self._unnoted = 0
             content = self._note_of(objects).to_bytes()
             if content is None:
-                for found in objects:
-                    found.cannot_resume("a checkpoint of so many files cannot be gone on with in the middle")
-                content = self._note_of(objects).to_bytes() or b""
+                self._too_many = True
+                objects[0].cannot_resume("a checkpoint of so many files cannot be gone on with in the middle")
+                content = self._note_of(objects[:1]).to_bytes() or b""
             with disk_errors("cannot note progress in", self._home):
                 _fsync_directories(self._home)
                 fsync_directory(self._home.parent)
