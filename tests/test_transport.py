@@ -254,7 +254,9 @@ async def test_a_reset_behind_the_end_is_nothing() -> None:
             else b"Content-Length: 1000\r\n\r\n"
         )
         rest = b"\r\n0\r\n\r\n" if request.path == "/chunked" else b""
-        transport.write(b"HTTP/1.1 200 OK\r\n" + ends + b"x" * 1000 + rest)
+        transport.write(b"HTTP/1.1 200 OK\r\n" + ends + b"x" * 500)
+        await asyncio.sleep(0.05)
+        transport.write(b"x" * 500 + rest)
         await asyncio.sleep(0.05)
         raw = transport.get_extra_info("socket")
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
