@@ -273,12 +273,11 @@ def memory(below: Path, gigabytes: int = 20) -> None:
             peak = max(peak, rss)
             rows.append((time.monotonic() - begun, made.sandbox.sent_bytes / 1e9, rss, _cached()))
             time.sleep(1)
+        kept = _resident(hot)  # before the bytes are compared, which reads all of them
         for row in rows[:: max(1, len(rows) // 16)]:
             print("memory     {:6.1f} s  {:6.2f} GB sent  RSS {:5.1f} MB  page cache {:6.0f} MB".format(*row))
         made.finish("memory", running, begun)
-        print(
-            f"{'':10} peak RSS {peak:.1f} MB; of a file of 1 GB in the page cache before: {cached}, after: {_resident(hot)}"
-        )
+        print(f"{'':10} peak RSS {peak:.1f} MB; of a file of 1 GB in the page cache before: {cached}, after: {kept}")
     hot.unlink()
 
 

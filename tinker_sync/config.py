@@ -505,19 +505,6 @@ class Settings(BaseSettings):
             return Path(directory) / "api-key"
         return None
 
-    def without_effect(self) -> list[str]:
-        """Keys that are set and that this version does not act on yet."""
-        default = Settings.model_construct()
-        pending = {
-            "transfer": ("bandwidth",),
-        }
-        return [
-            f"[{section}] {key}"
-            for section, keys in pending.items()
-            for key in keys
-            if getattr(getattr(self, section), key) != getattr(getattr(default, section), key)
-        ]
-
 
 RESTART_ONLY: Final = {
     "tinker": None,

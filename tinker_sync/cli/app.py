@@ -103,8 +103,6 @@ def load_with_logs(context: typer.Context, *, default_level: str | None = None) 
     configured = settings.log.level if "level" in settings.log.model_fields_set else default_level
     level = chosen.log_level or configured or settings.log.level
     set_up_logging(level, chosen.log_format or settings.log.format)
-    for key in settings.without_effect():
-        render.warn(f"note: {key} is set; this version does not act on it yet")
     return settings
 
 

@@ -50,8 +50,6 @@ async def examine(settings: Settings, explicit: Path | None, *, as_json: bool) -
     report = _Report()
     path = await asyncio.to_thread(find_config, explicit)
     report.add("configuration", "ok", str(path or "defaults and environment"))
-    for key in settings.without_effect():
-        report.add("configuration", "warning", f"{key} is set; this version does not act on it yet")
     await asyncio.to_thread(_check_root, settings, report)
     try:
         async with open_service(settings) as service:

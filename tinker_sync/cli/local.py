@@ -245,7 +245,6 @@ def check_config(settings: Settings, explicit: Path | None, *, as_json: bool) ->
                 "config": None if path is None else str(path),
                 "base_url": settings.base_url,
                 "root": str(settings.root),
-                "without_effect": settings.without_effect(),
                 "settings": document,
             }
         )
@@ -254,6 +253,4 @@ def check_config(settings: Settings, explicit: Path | None, *, as_json: bool) ->
     render.say(f"  service {settings.base_url}")
     render.say(f"  mirror  {settings.root}")
     render.say(f"  types   {', '.join(settings.mirror.types)}")
-    for key in settings.without_effect():
-        render.say(f"  note: {key} is set; this version does not act on it yet")
     return 0
