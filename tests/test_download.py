@@ -37,6 +37,7 @@ def _small_spans(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "FIRST", 4 * SEGMENT)
     monkeypatch.setattr(module, "LONG", 16 * SEGMENT)
     monkeypatch.setattr(module, "_REAL_PROGRESS", 1024)
+    monkeypatch.setattr(module, "_SAME_CHANGE", 0)
 
 
 @dataclass

@@ -353,20 +353,92 @@ async def test_what_is_overwritten_all_the_time_is_a_failure_in_the_end(
     assert site.staging() == []
 
 
-async def test_a_listing_begun_before_brings_nothing_overwritten_back(
-    site: Site, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It ends after a look at the run: what it shows of that checkpoint is old."""
+async def test_a_listing_begun_before_brings_nothing_overwritten_back(site: Site) -> None:
+    """It ends after a look at the run: what it shows of that checkpoint, or lacks, is old; a later one is right."""
     made = site.sandbox.account.add(RUN, "big", payload=adapter(1), time=NOW)
     async with site.opened() as mirror:
         before = await mirror._survey()
         made.payload, made.time = adapter(2), NOW + timedelta(minutes=5)
-        (row,) = await mirror._account.look(RUN)
-        mirror._overwritten[row.path] = (mirror._clock.now(), row)
-        assert mirror._up_to_date(before).checkpoints == (row,)
+        born = site.sandbox.account.add(RUN, "born", payload=adapter(3))
+        for path in (made.path, born.path):
+            await mirror._look(Transfer(path, NOW, None, 1))
+        shown = {row.path: row.time for row in mirror._up_to_date(before).checkpoints}
+        assert shown == {made.path: made.time, born.path: born.time}
         later = await mirror._survey()
         assert mirror._up_to_date(later) is later
-        assert mirror._overwritten == {}
+        assert mirror._seen == {}
+
+
+@pytest.mark.parametrize("late", ["_note_lost", "_within_allowance"])
+async def test_a_poll_that_is_overtaken_by_a_look_plans_what_the_look_saw(
+    site: Site, monkeypatch: pytest.MonkeyPatch, late: str
+) -> None:
+    """Between its listing and its plan, or between its plan and what it offers: the old object is not asked for."""
+    made = site.sandbox.account.add(RUN, "big", payload=adapter(1), time=NOW)
+    async with site.opened() as mirror:
+        await mirror._poll()
+        (old,) = mirror._queue.pending()
+        assert old.time == NOW
+        real = getattr(mirror, late)
+
+        async def overtaken(*given: Any) -> Any:
+            made.payload, made.time = adapter(2), NOW + timedelta(minutes=5)
+            mirror._queue.claim(lambda _: True)
+            assert await mirror._is_another_now(old)
+            return await real(*given)
+
+        with monkeypatch.context() as patch:
+            done = []
+
+            async def once(*given: Any) -> Any:
+                if done:
+                    return await real(*given)
+                done.append(True)
+                return await overtaken(*given)
+
+            patch.setattr(mirror, late, once)
+            await mirror._poll()
+        (waiting,) = mirror._queue.pending()
+        assert waiting.time == mirror._rows[made.path].time == made.time
+        result = await mirror.sync()
+        assert (result.transferred, result.failed) == ([made.path], {})
+    stands_as_itself(site, made.path, made.payload, made.time)
+
+
+async def test_who_asked_for_one_object_is_not_told_of_another(site: Site) -> None:
+    """The one that was copied when it was overwritten ends first: that is not what `fetch` waits for."""
+    made = site.sandbox.account.add(RUN, "big", payload=adapter(1), time=NOW)
+    async with site.opened() as mirror:
+        before = Transfer(made.path, NOW, None, 1)
+        made.payload, made.time = adapter(2), NOW + timedelta(minutes=5)
+        outcomes = await mirror._ask([made.path], mirror.result)
+        mirror._over(before, "committed", "", 1)
+        assert not outcomes[made.path].done()
+        await mirror._work()
+        assert outcomes[made.path].result()[0] == "committed"
+    stands_as_itself(site, made.path, made.payload, made.time)
+
+
+@pytest.mark.usefixtures("_often")
+async def test_a_catalog_that_fails_while_it_is_planned_anew_stops_nothing(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was overwritten is copied all the same."""
+    fresh, later, overwrite = overwritten(site)
+    async with site.opened() as mirror:
+        plan = mirror._plan
+
+        async def plan_once(found: Any, known: Any) -> None:
+            if isinstance(found, Sighting):
+                message = "the catalog cannot be read"
+                raise CatalogUnusable(message)
+            await plan(found, known)
+
+        monkeypatch.setattr(mirror, "_plan", plan_once)
+        monkeypatch.setattr(mirror._transferrer, "_reporter", After(1_500_000, overwrite))
+        result = await mirror.sync()
+    (path,) = result.transferred
+    stands_as_itself(site, path, fresh, later)
 
 
 async def test_a_plan_begun_before_a_commit_asks_for_nothing_again(site: Site) -> None:
@@ -421,7 +493,7 @@ async def test_what_the_catalog_could_not_take_is_adopted_by_the_next_attempt(
         asked = len(site.sandbox.storage_requests)
         mirror.result = type(mirror.result)()
         result = await mirror.fetch([found.path for found in made])
-        assert not result.failed
+        assert (result.failed, set(result.transferred)) == ({}, {found.path for found in made})
         assert len(site.sandbox.storage_requests) == asked
         assert len(catalog.known().replicas) == 2
 

@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Executor
 
     from tinker_sync.enforcement import EnforcementSettings, Enforcer
-    from tinker_sync.model.checkpoint import Checkpoint
+    from tinker_sync.model.checkpoint import Checkpoint, Identity
     from tinker_sync.model.paths import TinkerPath
     from tinker_sync.model.work import Committed, Replica, Transfer
     from tinker_sync.planning import Known
@@ -179,8 +179,9 @@ class PassResult:
 
 @dataclass(slots=True)
 class _Effort:
-    """What a transfer has cost in this pass so far."""
+    """What an object has cost in this pass so far."""
 
+    identity: Identity
     attempts: int = 0
     building_since: float | None = None
     building_waits: int = 0
@@ -216,8 +217,8 @@ class Mirror:
         self._settings = settings
         self._jitter = jitter
         self._rows: dict[TinkerPath, Checkpoint] = {}
-        self._overwritten: dict[TinkerPath, tuple[datetime, Checkpoint]] = {}
-        """Seen by a look at the run, then: a listing that was begun before shows what was there before."""
+        self._seen: dict[TinkerPath, tuple[datetime, Checkpoint]] = {}
+        """By looks at runs, begun then: a listing that was begun before shows what was there before."""
         self._repairs: dict[TinkerPath, Replica] = {}
         self._asked_for: dict[TinkerPath, Transfer] = {}
         """What somebody named: transferred first, whatever selection, back-off and the record of refusals say."""
@@ -402,14 +403,11 @@ class Mirror:
     async def _peek(self) -> None:
         """A large account that was listed a while ago: one page shows what is new."""
         found = self._up_to_date(await self._account.peek())
-        fresh = []
-        for row in found.checkpoints:
-            known = self._rows.get(row.path)
-            if known is None or not known.identity.matches(row.identity):
-                fresh.append(row)
+        fresh = [row for row in found.checkpoints if not self._shows(row)]
         if fresh:
             await self._index(lambda: self._catalog.observe(fresh, found.seen_at, complete=False))
-            self._rows = self._rows | {row.path: row for row in fresh}
+            found = self._up_to_date(found)
+            self._rows = self._rows | {row.path: row for row in found.checkpoints if not self._shows(row)}
         if fresh or self._clock.monotonic() >= self._replan_at:
             everything = replace(found, checkpoints=tuple(self._rows.values()))
             await self._plan(everything, await self._index(self._catalog.known))
@@ -425,8 +423,22 @@ class Mirror:
         outcomes = await self._ask(paths, self.result)
         self._reporter.planned(len(outcomes), sum(self._asked_for[path].size_bytes or 0 for path in outcomes))
         await self._work()
+        for path, outcome in outcomes.items():
+            if outcome.done():
+                self._note_outcome(self.result, path, outcome.result())
         self.result.seconds = self._clock.monotonic() - begun
         return self.result
+
+    def _note_outcome(self, result: PassResult, path: TinkerPath, outcome: _Outcome) -> None:
+        """What became of one that was asked for."""
+        kind, detail, size = outcome
+        if kind == "failed":
+            result.failed[path] = (detail, self._retry_at(path))
+        elif kind == "skipped":
+            result.skipped[path] = detail
+        elif path not in result.transferred:
+            result.transferred.append(path)
+            result.bytes += size
 
     async def fetch_beside(self, paths: Sequence[TinkerPath], planned: Callable[[int, int], None]) -> PassResult:
         """The same for a service: asks the loop that transfers anyway, and waits for what becomes of these.
@@ -439,14 +451,7 @@ class Mirror:
         planned(len(outcomes), sum(self._asked_for[path].size_bytes or 0 for path in outcomes))
         self._changed.set()
         for path, outcome in outcomes.items():
-            kind, detail, size = await outcome
-            if kind == "committed":
-                result.transferred.append(path)
-                result.bytes += size
-            elif kind == "failed":
-                result.failed[path] = (detail, self._retry_at(path))
-            else:
-                result.skipped[path] = detail
+            self._note_outcome(result, path, await outcome)
         result.seconds = self._clock.monotonic() - begun
         return result
 
@@ -454,9 +459,10 @@ class Mirror:
         """Put these into the queue before everything else; what becomes of each is told by its future."""
         known = await self._index(self._catalog.known)
         for run_id in dict.fromkeys(path.run_id for path in paths):
+            begun = self._clock.now()
             with suppress(NotFound):
-                shown = await self._account.look(run_id)
-                self._rows = self._rows | {row.path: row for row in shown}  # as they are now, after the answer
+                rows = await self._account.look(run_id)
+                self._note_seen(begun, rows, [path for path in paths if path.run_id == run_id])
         wanted: list[Checkpoint] = []
         for path in dict.fromkeys(paths):
             row = self._rows.get(path)
@@ -485,14 +491,25 @@ class Mirror:
         return None if failure is None else rfc3339(failure.retry_at.replace(microsecond=0))
 
     def _offer(self, transfers: Sequence[Transfer]) -> None:
-        """What is to be done now, behind what somebody asked for."""
-        asked = self._asked_for
-        self._queue.offer([*asked.values(), *(transfer for transfer in transfers if transfer.path not in asked)])
+        """What is to be done now, behind what somebody asked for.
 
-    def _over(self, path: TinkerPath, kind: Literal["committed", "failed", "skipped"], detail: str, size: int) -> None:
-        """Nothing more happens to it in this pass: whoever asked for it is told."""
-        self._asked_for.pop(path, None)
-        for waiter in self._waiters.pop(path, ()):
+        A plan takes a while: of what was overwritten since it was begun, what waits already stays.
+        """
+        asked = self._asked_for
+        stale = {transfer.path for transfer in transfers if not self._shows(transfer)}
+        current = [transfer for transfer in transfers if transfer.path not in stale]
+        current += [waiting for waiting in self._queue.pending() if waiting.path in stale and self._shows(waiting)]
+        self._queue.offer([*asked.values(), *(transfer for transfer in current if transfer.path not in asked)])
+
+    def _over(
+        self, transfer: Transfer, kind: Literal["committed", "failed", "skipped"], detail: str, size: int
+    ) -> None:
+        """Nothing more happens to it in this pass: whoever asked for it, and not for another object, is told."""
+        asked = self._asked_for.get(transfer.path)
+        if asked is not None and not asked.identity.matches(transfer.identity):
+            return
+        self._asked_for.pop(transfer.path, None)
+        for waiter in self._waiters.pop(transfer.path, ()):
             if not waiter.done():
                 waiter.set_result((kind, detail, size))
 
@@ -559,22 +576,31 @@ class Mirror:
             self._changed.set()
 
     async def _poll(self) -> None:
-        found = self._up_to_date(await self._survey())
+        found = await self._survey()
         known = await self._index(self._catalog.known_of_missing)
         await asyncio.to_thread(self._destination.forget_old_stages)
         self._note_listing(found)
         await self._note_lost()
+        found = self._up_to_date(found)
         shown = {checkpoint.path: checkpoint for checkpoint in found.checkpoints}
         self._rows = shown if isinstance(found, Listing) else self._rows | shown
         await self._plan(found, known)
 
     def _up_to_date(self, found: Found) -> Found:
-        """With what was seen since it was begun."""
-        self._overwritten = {path: seen for path, seen in self._overwritten.items() if seen[0] >= found.seen_at}
-        if not self._overwritten:
+        """With what was seen since it was begun. Nothing may be awaited between this and what is made of it."""
+        self._seen = {path: seen for path, seen in self._seen.items() if seen[0] >= found.seen_at}
+        if not self._seen:
             return found
-        rows = (self._overwritten.get(row.path, (None, row))[1] for row in found.checkpoints)
-        return replace(found, checkpoints=tuple(rows))
+        rows = {row.path: row for row in found.checkpoints}
+        for path, (_, row) in self._seen.items():
+            if path not in rows or rows[path].time < row.time:
+                rows[path] = row
+        return replace(found, checkpoints=tuple(rows.values()))
+
+    def _shows(self, sight: Checkpoint | Transfer) -> bool:
+        """Whether what was seen last of its path is that very object."""
+        row = self._rows.get(sight.path)
+        return row is not None and row.identity.matches(sight.identity)
 
     async def _plan(self, found: Listing | Sighting, known: Known) -> None:
         """Decide by what was shown what waits for transfer; a poll by one page comes with all that is known."""
@@ -744,20 +770,24 @@ class Mirror:
 
     async def _run(self, transfer: Transfer) -> None:
         row = self._rows.get(transfer.path)
-        effort = self._efforts.setdefault(transfer.path, _Effort())
+        effort = self._effort_for(transfer)
         begun = self._clock.monotonic()
         try:
-            if row is None or not row.identity.matches(transfer.identity):
+            if not self._shows(transfer) and transfer.path in self._asked_for:
+                if await self._is_another_now(transfer):
+                    return
+                row = self._rows.get(transfer.path)
+            if row is None or not self._shows(transfer):
                 self._queue.done(transfer)
-                self._over(transfer.path, "skipped", "it was overwritten or deleted meanwhile", 0)
+                self._over(transfer, "skipped", "it was overwritten or deleted meanwhile", 0)
                 return
-            if effort.attempts and await self._is_another_now(transfer):  # what was kept would not tell in every case
+            if effort.attempts and await self._is_another_now(transfer):  # what was kept does not tell in every case
                 return
             repairs = self._repairs.get(transfer.path)
             if repairs is None and await self._transferrer.adopt(transfer):
                 self._queue.done(transfer)
                 log.info("replica.adopted", checkpoint=str(transfer.path))
-                self._over(transfer.path, "committed", "it was here already", 0)
+                self._over(transfer, "committed", "it was here already", 0)
                 return
             committed = await self._transferrer.transfer(transfer, row, repairs=repairs)
         except TinkerSyncError as error:
@@ -779,6 +809,12 @@ class Mirror:
                 del self._running[transfer.path]
             self._changed.set()
 
+    def _effort_for(self, transfer: Transfer) -> _Effort:
+        found = self._efforts.get(transfer.path)
+        if found is None or not found.identity.matches(transfer.identity):
+            found = self._efforts[transfer.path] = _Effort(transfer.identity)
+        return found
+
     async def _succeeded(self, transfer: Transfer, committed: Committed, seconds: float) -> None:
         replica = committed.replica
         self._pauses = 0
@@ -789,7 +825,7 @@ class Mirror:
         self.result.skipped.pop(transfer.path, None)
         self.result.transferred.append(transfer.path)
         self.result.bytes += replica.total_bytes
-        self._over(transfer.path, "committed", "", replica.total_bytes)
+        self._over(transfer, "committed", "", replica.total_bytes)
         if seconds > 0 and (committed.received or 0) > 1_000_000:
             rate = (committed.received or 0) / seconds
             self._rate = rate if self._rate is None else 0.7 * self._rate + 0.3 * rate
@@ -884,13 +920,13 @@ class Mirror:
         ):
             self._queue.defer(transfer, max(0.0, self._paused_until - now))
             if self._patient and transfer.path in self._waiters:
-                self._over(transfer.path, "failed", f"{error}; it goes on trying", 0)
+                self._over(transfer, "failed", f"{error}; it goes on trying", 0)
             return
         self.result.service_error = str(error)
         self._queue.done(transfer)
         for waiting in (transfer, *self._queue.pending()):
             self._note_failed(waiting.path, str(error), None)
-            self._over(waiting.path, "failed", str(error), 0)
+            self._over(waiting, "failed", str(error), 0)
         self._queue.clear()
 
     async def _not_served(self, transfer: Transfer, error: RequestRefused) -> None:
@@ -899,7 +935,7 @@ class Mirror:
         if isinstance(error, NotFound) and await self._is_gone(transfer):
             self.result.skipped[path] = "gone upstream while the pass ran"
             self._rows = {known: row for known, row in self._rows.items() if known != path}  # until a listing shows it
-            self._over(path, "skipped", self.result.skipped[path], 0)
+            self._over(transfer, "skipped", self.result.skipped[path], 0)
             return
         reason = f"not served by this server ({error.status}), asked again in 24 h"
         failure = Failure(
@@ -917,7 +953,7 @@ class Mirror:
             self._served.add_refusal(path, now)
             await self._remember(partial(self._catalog.save_served, self._served))
         self.result.skipped[path] = reason
-        self._over(path, "skipped", reason, 0)
+        self._over(transfer, "skipped", reason, 0)
         log.warning("transfer.not_served", checkpoint=str(path), status=error.status)
 
     async def _is_gone(self, transfer: Transfer) -> bool:
@@ -926,12 +962,23 @@ class Mirror:
 
     async def _look(self, transfer: Transfer) -> Sequence[Checkpoint] | None:
         """Its run as it is now; None where that cannot be told."""
+        begun = self._clock.now()
         try:
-            return await self._account.look(transfer.path.run_id)
+            rows = await self._account.look(transfer.path.run_id)
         except NotFound:
-            return ()
+            rows = ()
         except TinkerSyncError:
             return None
+        self._note_seen(begun, rows, (transfer.path,))
+        return rows
+
+    def _note_seen(self, begun: datetime, rows: Sequence[Checkpoint], paths: Sequence[TinkerPath]) -> None:
+        """What a look shows of these paths is as it is now, whatever a listing says that was begun before."""
+        seen = {row.path: row for row in rows if row.path in paths}
+        self._rows = self._rows | seen
+        for path in paths:
+            self._seen.pop(path, None)
+        self._seen |= {path: (begun, row) for path, row in seen.items()}
 
     async def _is_another_now(self, transfer: Transfer) -> bool:
         """Whether it was overwritten while it was copied: then what is there now is copied in its stead."""
@@ -946,18 +993,21 @@ class Mirror:
             return False
         log.info("transfer.overwritten", checkpoint=str(path))
         self._queue.done(transfer)
-        self._rows = self._rows | {path: row}
-        self._overwritten[path] = (self._clock.now(), row)
+        self._efforts[path] = _Effort(row.identity, attempts=self._effort_for(transfer).attempts)
         self._note_repair(path, known)
+        plan = self._plan_asked([row], known)
         if path in self._asked_for:
-            plan = self._plan_asked([row], known)
             self._asked_for |= {asked.path: asked for asked in plan.transfers}
-            if not plan.transfers:
-                self._over(path, "skipped", "it was overwritten while it was copied", 0)
+            for skip in plan.skipped:
+                self._over(transfer, "skipped", skip.reason, 0)
             self._offer([waiting for waiting in self._queue.pending() if waiting.path != path])
-        else:
+            return True
+        try:
             shown = Sighting(tuple(self._rows.values()), self._clock.now(), ("one run was looked at",))
             await self._plan(shown, known)
+        except TinkerSyncError as error:
+            log.error("catalog.trouble", error=str(error))  # noqa: TRY400 - told in words
+            self._offer([*(waiting for waiting in self._queue.pending() if waiting.path != path), *plan.transfers])
         return True
 
     def _plan_asked(self, rows: Sequence[Checkpoint], known: Known) -> TransferPlan:
@@ -997,7 +1047,7 @@ class Mirror:
         self._efforts.pop(transfer.path, None)
         await self._remember(partial(self._catalog.add_failure, failure))
         self._note_failed(transfer.path, failure.error, failure.retry_at)
-        self._over(transfer.path, "failed", failure.error, 0)
+        self._over(transfer, "failed", failure.error, 0)
         log.error(
             "transfer.failed",
             checkpoint=str(transfer.path),

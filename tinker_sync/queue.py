@@ -31,7 +31,9 @@ class MemoryQueue:
         for transfer in transfers:
             path = transfer.path
             if path in self._claimed:
-                if not self._claimed[path].identity.matches(transfer.identity):
+                if self._claimed[path].identity.matches(transfer.identity):
+                    self._successors.pop(path, None)
+                else:
                     self._successors[path] = transfer
             elif path not in self._deferred:
                 ready.append(transfer)

@@ -48,6 +48,8 @@ _PATIENCE: Final = 4
 _PAUSE: Final = 0.05
 """Seconds before a span that was cut twice is asked for again."""
 _DISTRUST: Final = 3600.0
+_SAME_CHANGE: Final = 0.5
+"""Seconds within which files that are fetched side by side meet one change of their checkpoint."""
 _REFUSED: Final = frozenset({400, 401, 403})
 """How storages say that a signed URL has expired."""
 _PASSING: Final = frozenset({0, 408, 429})
@@ -169,9 +171,12 @@ class Downloader:
 
     def note_change(self, name: str) -> None:
         """An object changed while it was fetched. Some storages make up another ETag each time."""
-        if self._changed.get(name, 0) > self._clock.monotonic():
+        now, before = self._clock.monotonic(), self._changed.get(name, 0) - _DISTRUST
+        if now - before < _SAME_CHANGE:
+            return
+        if now - before < _DISTRUST:
             self.distrust(name)
-        _remember(self._changed, name, self._clock.monotonic())
+        _remember(self._changed, name, now)
 
 
 def _remember(names: dict[str, float], name: str, now: float) -> None:

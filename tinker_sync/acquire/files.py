@@ -77,7 +77,7 @@ class FilesSource:
     async def _fetch(
         self, sign: Sign, transfer: Transfer, path: PayloadPath, stage: Stage, intake: Intake
     ) -> tuple[SeenFile, Claim, list[Defect]]:
-        name = f"{transfer.path} {rfc3339(transfer.time)} {path}"
+        name = f"{transfer.path} {rfc3339(transfer.time)}"  # of all its files: they change together
         begun = await self._go_on(path, name, sign, stage, intake)
         start = None if begun is None else Start.of(begun[0])
         async with self._downloader.open(sign, name=name, urgency=intake.urgency, start=start) as download:
