@@ -384,7 +384,7 @@ async def test_a_poll_that_is_overtaken_by_a_look_plans_what_the_look_saw(
         async def overtaken(*given: Any) -> Any:
             made.payload, made.time = adapter(2), NOW + timedelta(minutes=5)
             mirror._queue.claim(lambda _: True)
-            assert await mirror._is_another_now(old)
+            assert await mirror._is_another_now(old, await mirror._look(old))
             return await real(*given)
 
         with monkeypatch.context() as patch:
@@ -419,22 +419,61 @@ async def test_who_asked_for_one_object_is_not_told_of_another(site: Site) -> No
     stands_as_itself(site, made.path, made.payload, made.time)
 
 
+async def test_who_asked_for_what_was_put_back_is_told(site: Site) -> None:
+    """Overwritten, asked for, and then the old one again, which is here: no search without end."""
+    made = site.sandbox.account.add(RUN, "big", payload=adapter(1), time=NOW)
+    await site.sync()
+    async with site.opened() as mirror:
+        made.time = NOW + timedelta(minutes=5)
+        outcomes = await mirror._ask([made.path], mirror.result)
+        made.time = NOW
+        await mirror._look(Transfer(made.path, NOW, None, 1))
+        async with asyncio.timeout(10):
+            await mirror._work()
+        assert outcomes[made.path].result()[:2] == ("skipped", "already here")
+
+
+@pytest.mark.parametrize("answers", [True, False])
+async def test_what_is_found_stale_is_looked_at(site: Site, *, answers: bool) -> None:
+    """A transfer of what was overwritten: what is there now is copied; where nobody can tell, that is a failure."""
+    made = site.sandbox.account.add(RUN, "big", payload=adapter(1), time=NOW)
+    async with site.opened() as mirror:
+        await mirror._poll()
+        made.payload, made.time = adapter(2), NOW + timedelta(minutes=5)
+        mirror._rows = {}
+        if not answers:
+            site.sandbox.faults.append(Fault("run", "status", status=400))
+        await mirror._work()
+        if answers:
+            assert (mirror.result.transferred, mirror.result.failed) == ([made.path], {})
+            stands_as_itself(site, made.path, made.payload, made.time)
+        else:
+            assert "cannot be told" in mirror.result.failed[made.path][0]
+
+
 @pytest.mark.usefixtures("_often")
+@pytest.mark.parametrize("what", ["_plan", "known"])
 async def test_a_catalog_that_fails_while_it_is_planned_anew_stops_nothing(
-    site: Site, monkeypatch: pytest.MonkeyPatch
+    site: Site, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     """What was overwritten is copied all the same."""
     fresh, later, overwrite = overwritten(site)
     async with site.opened() as mirror:
         plan = mirror._plan
 
+        def fail(*_: object) -> None:
+            message = "the catalog cannot be read"
+            raise CatalogUnusable(message)
+
         async def plan_once(found: Any, known: Any) -> None:
             if isinstance(found, Sighting):
-                message = "the catalog cannot be read"
-                raise CatalogUnusable(message)
+                fail()
             await plan(found, known)
 
-        monkeypatch.setattr(mirror, "_plan", plan_once)
+        if what == "known":
+            monkeypatch.setattr(mirror._catalog, "known", fail)
+        else:
+            monkeypatch.setattr(mirror, "_plan", plan_once)
         monkeypatch.setattr(mirror._transferrer, "_reporter", After(1_500_000, overwrite))
         result = await mirror.sync()
     (path,) = result.transferred

@@ -36,6 +36,7 @@ from tinker_sync.errors import (
     ServiceTrouble,
     TinkerSyncError,
     TransferFailed,
+    Unreachable,
     place_of,
 )
 from tinker_sync.model.checkpoint import Listing, Sighting
@@ -45,6 +46,7 @@ from tinker_sync.model.news import News
 from tinker_sync.model.work import Failure, Skip, Trouble
 from tinker_sync.planning import (
     NOT_SERVED_RETRY,
+    Known,
     Selection,
     ServedRecord,
     TransferPlan,
@@ -59,10 +61,9 @@ if TYPE_CHECKING:
     from concurrent.futures import Executor
 
     from tinker_sync.enforcement import EnforcementSettings, Enforcer
-    from tinker_sync.model.checkpoint import Checkpoint, Identity
+    from tinker_sync.model.checkpoint import Checkpoint
     from tinker_sync.model.paths import TinkerPath
     from tinker_sync.model.work import Committed, Replica, Transfer
-    from tinker_sync.planning import Known
     from tinker_sync.ports import Account, Catalog, Clock, Destination, Queue, Reporter
     from tinker_sync.retention import Verdict
     from tinker_sync.transfer import Transferrer
@@ -179,9 +180,8 @@ class PassResult:
 
 @dataclass(slots=True)
 class _Effort:
-    """What an object has cost in this pass so far."""
+    """What a path has cost in this pass so far, whichever object it was of: what is overwritten all the time ends, too."""
 
-    identity: Identity
     attempts: int = 0
     building_since: float | None = None
     building_waits: int = 0
@@ -770,22 +770,26 @@ class Mirror:
 
     async def _run(self, transfer: Transfer) -> None:
         row = self._rows.get(transfer.path)
-        effort = self._effort_for(transfer)
+        effort = self._efforts.setdefault(transfer.path, _Effort())
         begun = self._clock.monotonic()
         try:
-            if not self._shows(transfer) and transfer.path in self._asked_for:
-                if await self._is_another_now(transfer):
+            if effort.attempts or not self._shows(transfer):  # what was kept does not tell in every case
+                seen = await self._look(transfer)
+                if await self._is_another_now(transfer, seen):
                     return
+                if seen is None and not self._shows(transfer):
+                    message = "it cannot be told just now whether it was overwritten"
+                    raise Unreachable(message)  # noqa: TRY301 - sorted like any other trouble
                 row = self._rows.get(transfer.path)
             if row is None or not self._shows(transfer):
                 self._queue.done(transfer)
+                self._efforts.pop(transfer.path, None)
                 self._over(transfer, "skipped", "it was overwritten or deleted meanwhile", 0)
-                return
-            if effort.attempts and await self._is_another_now(transfer):  # what was kept does not tell in every case
                 return
             repairs = self._repairs.get(transfer.path)
             if repairs is None and await self._transferrer.adopt(transfer):
                 self._queue.done(transfer)
+                self._efforts.pop(transfer.path, None)
                 log.info("replica.adopted", checkpoint=str(transfer.path))
                 self._over(transfer, "committed", "it was here already", 0)
                 return
@@ -808,12 +812,6 @@ class Mirror:
             if self._running.get(transfer.path) is transfer:  # and no successor
                 del self._running[transfer.path]
             self._changed.set()
-
-    def _effort_for(self, transfer: Transfer) -> _Effort:
-        found = self._efforts.get(transfer.path)
-        if found is None or not found.identity.matches(transfer.identity):
-            found = self._efforts[transfer.path] = _Effort(transfer.identity)
-        return found
 
     async def _succeeded(self, transfer: Transfer, committed: Committed, seconds: float) -> None:
         replica = committed.replica
@@ -869,7 +867,8 @@ class Mirror:
             await self._not_served(transfer, error)
         else:
             effort.attempts += 1
-            if isinstance(error, ObjectChanged) and effort.attempts < ATTEMPTS and await self._is_another_now(transfer):
+            again = isinstance(error, ObjectChanged) and effort.attempts < ATTEMPTS
+            if again and await self._is_another_now(transfer, await self._look(transfer)):
                 return
             if isinstance(error, NoSpace):
                 self._full = True
@@ -932,6 +931,7 @@ class Mirror:
     async def _not_served(self, transfer: Transfer, error: RequestRefused) -> None:
         """404, 405, 410, 501: gone meanwhile, or never to be had from this server."""
         path, now = transfer.path, self._clock.now()
+        self._efforts.pop(path, None)
         if isinstance(error, NotFound) and await self._is_gone(transfer):
             self.result.skipped[path] = "gone upstream while the pass ran"
             self._rows = {known: row for known, row in self._rows.items() if known != path}  # until a listing shows it
@@ -975,39 +975,42 @@ class Mirror:
     def _note_seen(self, begun: datetime, rows: Sequence[Checkpoint], paths: Sequence[TinkerPath]) -> None:
         """What a look shows of these paths is as it is now, whatever a listing says that was begun before."""
         seen = {row.path: row for row in rows if row.path in paths}
+        if not all(map(self._shows, seen.values())):
+            self.replan()
         self._rows = self._rows | seen
         for path in paths:
             self._seen.pop(path, None)
         self._seen |= {path: (begun, row) for path, row in seen.items()}
 
-    async def _is_another_now(self, transfer: Transfer) -> bool:
+    async def _is_another_now(self, transfer: Transfer, seen: Sequence[Checkpoint] | None) -> bool:
         """Whether it was overwritten while it was copied: then what is there now is copied in its stead."""
         path = transfer.path
-        row = next((row for row in await self._look(transfer) or () if row.path == path), None)
+        row = next((row for row in seen or () if row.path == path), None)
         if row is None or row.identity.matches(transfer.identity):
             return False
+        known, alone = None, Known()
         try:
-            known = await self._index(self._catalog.known)
+            known = alone = await self._index(self._catalog.known)
         except TinkerSyncError as error:
             log.error("catalog.trouble", error=str(error))  # noqa: TRY400 - told in words
-            return False
         log.info("transfer.overwritten", checkpoint=str(path))
         self._queue.done(transfer)
-        self._efforts[path] = _Effort(row.identity, attempts=self._effort_for(transfer).attempts)
-        self._note_repair(path, known)
-        plan = self._plan_asked([row], known)
+        self._note_repair(path, alone)
         if path in self._asked_for:
+            plan = self._plan_asked([row], alone)
             self._asked_for |= {asked.path: asked for asked in plan.transfers}
-            for skip in plan.skipped:
-                self._over(transfer, "skipped", skip.reason, 0)
+            if not plan.transfers:
+                reason = plan.skipped[0].reason if plan.skipped else "already here"
+                self._over(transfer, "skipped", reason, 0)
             self._offer([waiting for waiting in self._queue.pending() if waiting.path != path])
             return True
-        try:
-            shown = Sighting(tuple(self._rows.values()), self._clock.now(), ("one run was looked at",))
-            await self._plan(shown, known)
-        except TinkerSyncError as error:
-            log.error("catalog.trouble", error=str(error))  # noqa: TRY400 - told in words
-            self._offer([*(waiting for waiting in self._queue.pending() if waiting.path != path), *plan.transfers])
+        if known is not None:
+            with _trouble_told():
+                shown = Sighting(tuple(self._rows.values()), self._clock.now(), ("one run was looked at",))
+                await self._plan(shown, known)
+                return True
+        plan = plan_transfers([row], alone, self._settings.selection, now=self._clock.now())
+        self._offer([*(waiting for waiting in self._queue.pending() if waiting.path != path), *plan.transfers])
         return True
 
     def _plan_asked(self, rows: Sequence[Checkpoint], known: Known) -> TransferPlan:
@@ -1063,10 +1066,8 @@ class Mirror:
 
     async def _remember(self, work: Callable[[], None]) -> None:
         """Write something down that the next pass would only find out again: a full state disk ends no transfer."""
-        try:
+        with _trouble_told():
             await self._index(work)
-        except TinkerSyncError as error:
-            log.error("catalog.trouble", error=str(error))  # noqa: TRY400 - told in words
 
     async def _save_pass(self, *, keep_enforced: bool = False) -> None:
         """For `status`. A service's polls say nothing of retention, which runs beside them."""
@@ -1094,6 +1095,15 @@ class Mirror:
 
     async def _index(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._indexer, work)
+
+
+@contextmanager
+def _trouble_told() -> Iterator[None]:
+    """What can be done without goes on."""
+    try:
+        yield
+    except TinkerSyncError as error:
+        log.error("catalog.trouble", error=str(error))  # noqa: TRY400 - told in words
 
 
 @contextmanager
