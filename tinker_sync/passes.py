@@ -39,7 +39,7 @@ from tinker_sync.errors import (
     Unreachable,
     place_of,
 )
-from tinker_sync.model.checkpoint import Listing, Sighting
+from tinker_sync.model.checkpoint import Listing, Sighting, same_object
 from tinker_sync.model.events import Event
 from tinker_sync.model.moments import rfc3339
 from tinker_sync.model.news import News
@@ -600,7 +600,7 @@ class Mirror:
     def _shows(self, sight: Checkpoint | Transfer) -> bool:
         """Whether what was seen last of its path is that very object."""
         row = self._rows.get(sight.path)
-        return row is not None and row.identity.matches(sight.identity)
+        return row is not None and same_object(row, sight)
 
     async def _plan(self, found: Listing | Sighting, known: Known) -> None:
         """Decide by what was shown what waits for transfer; a poll by one page comes with all that is known."""
