@@ -974,7 +974,8 @@ class Mirror:
 
     def _note_seen(self, begun: datetime, rows: Sequence[Checkpoint], paths: Sequence[TinkerPath]) -> None:
         """What a look shows of these paths is as it is now, whatever a listing says that was begun before."""
-        seen = {row.path: row for row in rows if row.path in paths}
+        wanted = set(paths)
+        seen = {row.path: row for row in rows if row.path in wanted}
         if not all(map(self._shows, seen.values())):
             self.replan()
         self._rows = self._rows | seen

@@ -166,7 +166,7 @@ class StreamedBody:
     @property
     def ends_itself(self) -> bool:
         """Whether a length or chunking proves the end."""
-        return "content-length" in self.headers or "chunked" in self.headers.get("transfer-encoding", "").lower()
+        return _ends_itself(self.headers)
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """The bytes. Raises StorageTrouble when they stop early or stall."""
@@ -190,6 +190,11 @@ class StreamedBody:
             return
 
 
+def _ends_itself(headers: Mapping[str, str]) -> bool:
+    """Whether a length or chunking proves where a body ends, by headers with names in lower case."""
+    return "content-length" in headers or "chunked" in headers.get("transfer-encoding", "").lower()
+
+
 class _RawStream(httpx.AsyncByteStream):
     """A body as it comes, with an honest end: a silence longer than the read timeout and a reset are errors.
 
@@ -202,7 +207,7 @@ class _RawStream(httpx.AsyncByteStream):
         self._read_timeout = read_timeout
         connection = response.connection
         protocol = None if connection is None else connection.protocol
-        ends_itself = "Content-Length" in response.headers or "Transfer-Encoding" in response.headers
+        ends_itself = _ends_itself({name.lower(): value for name, value in response.headers.items()})
         self._closed = None if protocol is None or ends_itself else protocol.closed
         if self._closed is not None:
             # Looked at after the last byte; asyncio must not complain of it when the body ended with an error before.
